@@ -1,0 +1,193 @@
+"""Counter-based noise: a function of (key of the sample, element, draw, stream), not a state.
+
+The words of elements 4j … 4j+3 of a sample are Philox4x32-10(counter=(j_lo, j_hi, draw, stream),
+key=key[sample]), so a sample's noise does not depend on the batch it stands in, on the memory
+format, on threads, or on what was drawn before it. Normals are Box–Muller on uniforms
+u(w) = fma(float32(w), 2⁻³², 2⁻³³); every backend stays within 2e-6 of that formula's float64 value.
+
+Streams in use (6 and up are free for users):
+
+======================  ======  ==========================================
+name                    stream  draw
+======================  ======  ==========================================
+``PRIOR``               0       0
+``TRAJECTORY``          1       index of the row in the plan
+``PROBE``               2       Hutchinson probe, constant over a solve
+``DEQUANTISATION``      3       repetition
+``TRAINING``            4       global training step (perturbation)
+``TRAINING_TIME``       5       global training step (times)
+======================  ======  ==========================================
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sbm_fast import _load
+from sbm_fast.ops import noise as ops
+from sbm_fast.ops._library import use_compiled
+
+__all__ = ["DEQUANTISATION", "PRIOR", "PROBE", "TRAINING", "TRAINING_TIME", "TRAJECTORY"]
+__all__ += ["fresh_seed", "keys", "normal", "rademacher", "uniform"]
+
+PRIOR, TRAJECTORY, PROBE, DEQUANTISATION, TRAINING, TRAINING_TIME = range(6)
+
+
+def fresh_seed() -> int:
+    """A seed drawn from torch's default generator, so that `torch.manual_seed` governs it."""
+    return int(torch.randint(2**63 - 1, ()).item())
+
+
+def keys(
+    seed: int, n: int, first_sample: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """The 64-bit keys of global samples first_sample … first_sample + n − 1, int64 [n].
+
+    key[b] = first two words of Philox(counter=(b_lo, b_hi, 0x53424D, 0), key=(seed_lo, seed_hi)).
+
+    Raises: TypeError for a seed that is no int; ValueError for a seed outside [−2⁶³, 2⁶⁴), a
+    negative n or first_sample.
+    """
+    seed = _checked_int("seed", seed, -(2**63), 2**64)
+    n = _checked_int("n", n, 0, 2**63)
+    first_sample = _checked_int("first_sample", first_sample, 0, 2**63)
+    out = torch.empty(n, dtype=torch.int64, device=device)
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    if use_compiled(out):
+        ops.keys_(out, signed, first_sample)
+    else:
+        ops.keys_reference(out, signed, first_sample)
+    return out
+
+
+def normal(
+    seed: int | None,
+    shape: Sequence[int],
+    *,
+    draw: int = 0,
+    stream: int = TRAJECTORY,
+    keys: Tensor | None = None,
+    first_sample: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Standard normals of `shape`, shape[0] being samples.
+
+    Args:
+        seed: the samples' keys are keys(seed, shape[0], first_sample); None draws a fresh seed.
+        shape: (samples, …).
+        draw, stream: which noise of these samples, each in [0, 2³²).
+        keys: int64 [samples], instead of seed and first_sample.
+        dtype: torch.float32 or a wider/narrower float the values are converted to.
+        backend: "auto", "cpu" (compiled) or "eager" (plain torch, any device).
+        out: a tensor of `shape` to fill, in any memory format.
+
+    Raises: ValueError or TypeError naming the argument.
+    """
+    return _fill("normal", seed, shape, draw, stream, keys, first_sample, dtype, device, backend, out)
+
+
+def uniform(
+    seed: int | None,
+    shape: Sequence[int],
+    *,
+    draw: int = 0,
+    stream: int = TRAJECTORY,
+    keys: Tensor | None = None,
+    first_sample: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Uniforms u(w) in (0, 1], element 4j+k from word k. Arguments as in `normal`."""
+    return _fill(
+        "uniform", seed, shape, draw, stream, keys, first_sample, dtype, device, backend, out
+    )
+
+
+def rademacher(
+    seed: int | None,
+    shape: Sequence[int],
+    *,
+    draw: int = 0,
+    stream: int = PROBE,
+    keys: Tensor | None = None,
+    first_sample: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Signs ±1, element 4j+k from the top bit of word k. Arguments as in `normal`."""
+    return _fill(
+        "rademacher", seed, shape, draw, stream, keys, first_sample, dtype, device, backend, out
+    )
+
+
+def _fill(
+    kind: str,
+    seed: int | None,
+    shape: Sequence[int],
+    draw: int,
+    stream: int,
+    sample_keys: Tensor | None,
+    first_sample: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    backend: str,
+    out: Tensor | None,
+) -> Tensor:
+    shape = tuple(shape)
+    if not shape or any(s < 0 for s in shape):
+        raise ValueError(f"shape: expected (samples, …) with sizes ≥ 0, got {shape}")
+    if out is None:
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+        out = torch.empty(shape, dtype=dtype, device=device)
+    elif tuple(out.shape) != shape or not out.is_floating_point():
+        raise ValueError(f"out: expected a floating tensor of shape {shape}, got {out.dtype} "
+                         f"{tuple(out.shape)}")  # fmt: skip
+    if sample_keys is None:
+        chosen = fresh_seed() if seed is None else seed
+        sample_keys = keys(chosen, shape[0], first_sample, out.device)
+    else:
+        check_keys(sample_keys, shape[0], seed, first_sample)
+    draw = _checked_int("draw", draw, 0, 2**32)
+    stream = _checked_int("stream", stream, 0, 2**32)
+    fill = _implementation(kind, out, backend)
+    fill(out, sample_keys, draw, stream)
+    return out
+
+
+def check_keys(sample_keys: Tensor, samples: int, seed: int | None, first_sample: int) -> None:
+    """ValueError or TypeError unless `keys=` is int64 [samples] and stands alone."""
+    if seed is not None or first_sample != 0:
+        raise ValueError("keys: excludes seed and first_sample; pass either keys or those")
+    if not isinstance(sample_keys, Tensor) or sample_keys.dtype != torch.int64:
+        got = sample_keys.dtype if isinstance(sample_keys, Tensor) else type(sample_keys).__name__
+        raise TypeError(f"keys: expected an int64 tensor, got {got}")
+    if tuple(sample_keys.shape) != (samples,):
+        raise ValueError(f"keys: expected shape ({samples},), got {tuple(sample_keys.shape)}")
+
+
+def _implementation(kind: str, out: Tensor, backend: str) -> Callable[..., None]:
+    if backend not in ("auto", "cpu", "eager"):
+        raise ValueError(f'backend: expected "auto", "cpu" or "eager", got {backend!r}')
+    if backend == "cpu" and not use_compiled(out):
+        why = _load.REASON or f"the tensor is on {out.device}"
+        raise ValueError(f'backend: "cpu" is not available here: {why}')
+    if backend == "eager" or not use_compiled(out):
+        return ops.REFERENCES[kind]
+    return ops.OPS[kind]
+
+
+def _checked_int(name: str, value: int, low: int, high: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not low <= value < high:
+        raise ValueError(f"{name}: expected a value in [{low}, {high}), got {value}")
+    return int(value)
