@@ -1,0 +1,211 @@
+"""Checkpoints of this package's networks: safetensors, with everything else as one JSON entry.
+
+The header of a safetensors file holds strings. One of them, ``sbm_fast``, is a JSON object:
+
+    {"class": "UNet", "version": 1, "config": {...}, "predicts": "edm", "time": "edm",
+     "sde": {"class": "VPSDE", "beta_min": 0.1, "beta_max": 20.0} or null,
+     "sample_shape": [1, 8, 8] or null, "sigma_data": 0.5, "metadata": {...}}
+
+It is one entry, not several, so that the same weights always give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sbm_fast.nn.unet import UNet
+    from sbm_fast.sde import SDE
+
+VERSION = 1
+_KEY = "sbm_fast"
+_ATTRIBUTES = ("predicts", "time", "sample_shape", "sigma_data")
+_STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What a checkpoint may name; a class name from a file is never looked up anywhere else.
+_SDES = {
+    "VESDE": ("sigma_min", "sigma_max"),
+    "VPSDE": ("beta_min", "beta_max"),
+    "SubVPSDE": ("beta_min", "beta_max"),
+    "EDMSDE": ("sigma_min", "sigma_max"),
+    "NCSNLadder": ("sigmas",),
+    "DDPMSchedule": ("betas",),
+}
+
+
+def save(
+    model: UNet,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> None:
+    """Write ``model`` to ``path``; see `UNet.save`."""
+    if dtype is not None and dtype not in _STORED:
+        raise ValueError(f"dtype must be a float type of torch, got {dtype}")
+    if callable(model.time):
+        raise TypeError("a network whose time is a callable cannot be saved: name one of the times")
+    header = {
+        "class": type(model).__name__,
+        "version": VERSION,
+        "config": model.config,
+        **{name: getattr(model, name) for name in _ATTRIBUTES},
+        "sde": describe_sde(model.sde),
+        "metadata": model.metadata if metadata is None else metadata,
+    }
+    weights = {
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    data = safetensors.torch.save(weights, {_KEY: json.dumps(header)})
+    _write(Path(path), data)
+
+
+def load(
+    cls: type[UNet], path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> UNet:
+    """Read a ``cls`` from ``path``; see `UNet.load`."""
+    header, weights = _read(path)
+    if header.get("class") != cls.__name__:
+        raise _bad(path, f"it holds a {header.get('class')!r}, not a {cls.__name__!r}")
+    config = header.get("config")
+    if not isinstance(config, dict):
+        raise _bad(path, "its header has no 'config' object")
+    try:
+        attributes = {name: header[name] for name in _ATTRIBUTES}
+        kwargs = {**config, **attributes, "sde": build_sde(header["sde"])}
+        model = _build(cls, kwargs, weights)
+    except KeyError as error:
+        raise _bad(path, f"its header lacks {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise _bad(path, f"its configuration is not usable: {error}") from error
+    stored = next(iter(weights.values())).dtype
+    model.to(dtype or stored).load_state_dict(weights)
+    metadata = header.get("metadata")
+    model.metadata = metadata if isinstance(metadata, dict) else {}
+    return model
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON header of a checkpoint, without its weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint of this package; the message names the file and the problem.
+    """
+    return _read(path, weights=False)[0]
+
+
+def describe_sde(sde: SDE | None) -> dict[str, Any] | None:
+    """``sde`` as JSON values: {"class": name, parameter: value, ...}.
+
+    Raises:
+        TypeError: the class of ``sde`` is not one of this package.
+    """
+    if sde is None:
+        return None
+    name = type(sde).__name__
+    if name not in _SDES:
+        raise TypeError(f"sde must be one of {', '.join(_SDES)} to be saved, got {name}")
+    return {"class": name} | {key: np.asarray(getattr(sde, key)).tolist() for key in _SDES[name]}
+
+
+def build_sde(description: Any) -> SDE | None:
+    """Inverse of `describe_sde`.
+
+    Raises:
+        ValueError: the description names an unknown class or other parameters than that class has.
+    """
+    from sbm_fast import sde
+
+    if description is None:
+        return None
+    if not isinstance(description, dict) or description.get("class") not in _SDES:
+        raise ValueError(f"sde must name one of {', '.join(_SDES)}, got {description!r:.200}")
+    name = description["class"]
+    parameters = {key: value for key, value in description.items() if key != "class"}
+    if set(parameters) != set(_SDES[name]):
+        raise ValueError(f"{name} takes {', '.join(_SDES[name])}, got {', '.join(parameters)}")
+    return getattr(sde, name)(**parameters)
+
+
+def _read(
+    path: str | os.PathLike[str], *, weights: bool = True
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not os.path.isfile(path):
+        problem = "is not a file" if os.path.exists(path) else "does not exist"
+        raise FileNotFoundError(f"checkpoint {os.fspath(path)!r} {problem}")
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()} if weights else {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise _bad(path, f"it is no safetensors file or is cut off ({error})") from error
+    if text is None:
+        raise _bad(path, f"its header has no {_KEY!r} entry, so another program wrote it")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _bad(path, f"its {_KEY!r} entry is not JSON ({error})") from error
+    if not isinstance(header, dict) or header.get("version") != VERSION:
+        version = header.get("version") if isinstance(header, dict) else None
+        raise _bad(path, f"its format version is {version!r}, this package reads {VERSION}")
+    return header, tensors
+
+
+def _build(cls: type[UNet], kwargs: dict[str, Any], weights: dict[str, Tensor]) -> UNet:
+    # A few bytes of configuration can ask for terabytes: compare with the weights that are really
+    # there before anything is allocated. The generator is left as it was.
+    levels, blocks = kwargs.get("channel_mult", ()), kwargs.get("blocks_per_level", 1)
+    middle = kwargs.get("middle_blocks", 1)
+    if isinstance(blocks, int) and isinstance(middle, int) and isinstance(levels, list):
+        least = len(levels) * blocks + middle
+        if least > len(weights):
+            raise ValueError(f"{least} blocks, but the file holds {len(weights)} tensors")
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            expected = {key: value.shape for key, value in cls(**kwargs).state_dict().items()}
+        _compare(expected, weights)
+        return cls(**kwargs)
+
+
+def _compare(expected: dict[str, torch.Size], weights: dict[str, Tensor]) -> None:
+    missing, surplus = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    if missing:
+        raise ValueError(f"tensor {min(missing)!r} is missing ({len(missing)} in all)")
+    if surplus:
+        raise ValueError(f"tensor {min(surplus)!r} is not part of it ({len(surplus)} in all)")
+    for key, shape in expected.items():
+        if weights[key].shape != shape:
+            raise ValueError(f"{key!r} should be {list(shape)}, is {list(weights[key].shape)}")
+        if weights[key].dtype not in _STORED:
+            raise ValueError(f"{key!r} should be floating, is {weights[key].dtype}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    # Through a temporary file beside it: an interrupted save leaves the old checkpoint intact.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        # mkstemp makes it private; a checkpoint gets the permissions of any other new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _bad(path: str | os.PathLike[str], problem: str) -> ValueError:
+    return ValueError(f"cannot load {os.fspath(path)!r}: {problem}")
