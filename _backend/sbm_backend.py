@@ -100,7 +100,7 @@ def get_requires_for_build_sdist(config_settings: Settings = None) -> list[str]:
     return [] if _find("setuptools") else [_tested("setuptools")]
 
 
-def _call(hook: str, *arguments: Any) -> str:  # noqa: ANN401  (setuptools' own signatures)
+def _call(hook: str, *arguments: Any) -> str:
     for name in ("setuptools", "torch", "ninja"):
         _find(name)
     from setuptools import build_meta
