@@ -58,6 +58,11 @@ def load() -> bool:
     return COMPILED
 
 
+def library() -> Path | None:
+    """The file that the ops were loaded from; None without a compiled part."""
+    return Path(str(sys.modules["sbm_fast._C"].__file__)) if load() else None
+
+
 def warn_if_missing() -> None:
     """Warns once when the slow plain-torch reference stands in for the compiled part."""
     global _warned

@@ -1,0 +1,101 @@
+"""What this installation can do, and for each thing it cannot, why."""
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+
+import sbm_fast
+from sbm_fast import _load
+
+__all__ = ["Report", "backends", "doctor"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """An installation's state; `str()` of it is what `sbm-fast doctor` prints."""
+
+    versions: dict[str, str]
+    """Of sbm_fast, python, torch, numpy and triton; "not installed" for a missing triton."""
+    package: Path
+    """The folder that sbm_fast was imported from."""
+    compiled: bool
+    reason: str
+    """Why there is no compiled part; empty when there is one."""
+    library: Path | None
+    """The compiled ops' file."""
+    build: dict[str, object]
+    """Compiler, flags, torch built against, instruction sets; empty without a compiled part."""
+    cpu_level: str
+    """The instruction set that the CPU kernels use here; "unknown" without a compiled part."""
+    threads: int
+    """How many threads torch, and with it every kernel here, uses."""
+    gpu: str
+    """The first CUDA device's name; "none" without one."""
+    backends: dict[str, str]
+    """Each backend's reason for being off; empty for one that works."""
+
+    def __str__(self) -> str:
+        versions = dict(self.versions)
+        lines = [f"sbm_fast  {versions.pop('sbm_fast')} at {self.package}"]
+        lines.append("with      " + ", ".join(f"{k} {v}" for k, v in versions.items()))
+        if self.compiled:
+            simd = self.build["simd"]
+            assert isinstance(simd, list)
+            lines.append(f"compiled  yes: {self.library}")
+            lines.append(
+                f"          by {self.build['compiler']} against torch {self.build['torch']}, "
+                f"for {', '.join(simd)}{' and CUDA' if self.build['cuda'] else ''}"
+            )
+        else:
+            lines.append(f"compiled  no: {self.reason}")
+        lines.append(f"CPU       {self.cpu_level}, {self.threads} threads")
+        lines.append(f"GPU       {self.gpu}")
+        for name, reason in self.backends.items():
+            lines.append(f"backend   {name:<7} {f'off: {reason}' if reason else 'available'}")
+        return "\n".join(lines)
+
+
+def backends() -> dict[str, str]:
+    """Each backend's reason for being off on this machine, empty for one that works."""
+    _load.load()
+    return {
+        "cpu": _load.REASON,
+        "eager": "",
+        "cuda": "its kernels are not part of this version",
+        "triton": "its kernels are not part of this version",
+    }
+
+
+def doctor() -> Report:
+    """Looks at the installation and the machine; changes nothing."""
+    _load.load()
+    host = _load.host
+    return Report(
+        versions={
+            "sbm_fast": sbm_fast.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "triton": _version_of("triton"),
+        },
+        package=_load.PACKAGE,
+        compiled=_load.COMPILED,
+        reason=_load.REASON,
+        library=_load.library(),
+        build=host.build_info() if host else {},
+        cpu_level=host.cpu_level() if host else "unknown",
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
+        backends=backends(),
+    )
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
