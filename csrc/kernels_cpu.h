@@ -1,0 +1,47 @@
+// The CPU kernels as a table of functions, one table an instruction set.
+#pragma once
+#include "affine_step.h"
+
+namespace sbm {
+
+enum class NoiseKind : int { normal, uniform, rademacher, words };
+
+// Elements that one call works on at most: small enough that its buffers stay in the L1 cache.
+// Reductions sum blocks of this size, so it is part of what results look like.
+constexpr int64_t kTile = 1024;
+// Buffers are filled in whole vectors and may be written past the tile's end by this much.
+constexpr int64_t kSlack = 64;
+
+// Elements [first, first + count) of samples [sample, sample + samples). More than one sample
+// only with first == 0 and count == numel.
+struct Tile {
+  int64_t sample, samples, first, count;
+};
+
+// Σ s² and Σ z² of a tile of one sample.
+template <class S>
+struct SquareSums {
+  S score, noise;
+};
+
+struct CpuKernels {
+  const char* level;
+  // Noise of a tile, by NoiseKind; `out` has room for kTile + kSlack floats.
+  void (*fill[4])(const uint64_t* keys, const Tile& tile, uint32_t draw, uint32_t stream,
+                  float* out);
+  void (*step_f32)(const StepArgs<float>&, const Tile&);
+  void (*step_f64)(const StepArgs<double>&, const Tile&);
+  SquareSums<float> (*squares_f32)(const StepArgs<float>&, const Tile&);
+  SquareSums<double> (*squares_f64)(const StepArgs<double>&, const Tile&);
+};
+
+const CpuKernels& portable_kernels();
+#if SBM_X86
+const CpuKernels& avx2_kernels();
+const CpuKernels& avx512_kernels();
+#endif
+
+// The best table that this processor runs; SBM_FAST_CPU=portable|avx2|avx512 asks for a lesser one.
+const CpuKernels& cpu_kernels();
+
+}  // namespace sbm

@@ -1,0 +1,291 @@
+// The tile kernels, written once and compiled once per instruction set: each including file sets
+// its own flags and instantiates make_kernels<Pack>. Everything is in an unnamed namespace, so that
+// the linker can't merge the copies of different instruction sets. fill_groups comes from the
+// including file.
+#pragma once
+#include <string.h>
+
+#include "kernels_cpu.h"
+#include "tile_io.h"
+
+namespace sbm {
+namespace {
+
+template <class S>
+struct alignas(64) Buffer {
+  S v[kTile + kSlack];
+};
+
+// The tile's noise in its own order. Samples whose size is no multiple of four leave words unused.
+template <class P, NoiseKind kind>
+void fill_tile(const uint64_t* keys, const Tile& t, uint32_t draw, uint32_t stream, float* out) {
+  const int64_t groups = (t.count + 3) / 4;
+  fill_groups<P, kind>(keys + t.sample, t.samples, uint64_t(t.first) / 4, groups, draw, stream,
+                       out);
+  if (t.samples == 1 || t.count % 4 == 0) return;
+  for (int64_t s = 1; s < t.samples; ++s)
+    memmove(out + s * t.count, out + s * groups * 4, size_t(t.count) * sizeof(float));
+}
+
+// What a tile's sources look like to the inner loop: pointers and split coefficients, those with a
+// zero coefficient left out (0·NaN is NaN).
+template <class S>
+struct Terms {
+  int count = 0;
+  const S* value[kMaxSources];
+  S hi[kMaxSources], lo[kMaxSources];
+
+  void add(const S* v, S h, S l) {
+    if (h == S(0) && l == S(0)) return;
+    value[count] = v, hi[count] = h, lo[count] = l;
+    ++count;
+  }
+};
+
+template <class S, int N>
+void sum_terms(const Terms<S>& t, S* out, int64_t n) {
+  const S* v[N];
+  S hi[N], lo[N];
+  for (int k = 0; k < N; ++k) v[k] = t.value[k], hi[k] = t.hi[k], lo[k] = t.lo[k];
+  // Elements are independent: out may be one of the inputs, at the same index.
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    S e[N];
+#pragma GCC unroll 16
+    for (int k = 0; k < N; ++k) e[k] = v[k][i];
+    out[i] = combine<S, N>(hi, lo, e);
+  }
+}
+
+template <class S>
+void sum_terms(const Terms<S>& t, S* out, int64_t n) {
+  using Sum = void (*)(const Terms<S>&, S*, int64_t);
+  static constexpr Sum kSums[] = {sum_terms<S, 0>, sum_terms<S, 1>,  sum_terms<S, 2>,
+                                  sum_terms<S, 3>, sum_terms<S, 4>,  sum_terms<S, 5>,
+                                  sum_terms<S, 6>, sum_terms<S, 7>,  sum_terms<S, 8>,
+                                  sum_terms<S, 9>, sum_terms<S, 10>, sum_terms<S, 11>,
+                                  sum_terms<S, 12>};
+  static_assert(sizeof kSums / sizeof *kSums == kMaxSources + 1, "one sum per number of terms");
+  kSums[t.count](t, out, n);
+}
+
+template <class S>
+bool any_non_finite(const S* v, int64_t n) {
+  S acc = S(0);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) acc = v[i] - v[i] == S(0) ? acc : S(1);
+  return acc != S(0);
+}
+
+// One row at one tile: the row's numbers and the tile's buffers.
+template <class P, class S>
+class TileStep {
+ public:
+  TileStep(const StepArgs<S>& args, const Tile& tile)
+      : a_(args),
+        t_(tile),
+        layout_{args.registers},
+        row_(args.row[tile.sample * args.row_stride]),
+        hi_(args.coef + int64_t(row_) * 2 * layout_.lanes()),
+        lo_(hi_ + layout_.lanes()),
+        field_(args.field + int64_t(row_) * kFields),
+        n_(tile.samples * tile.count) {}
+
+  // Network output after guidance, or null when the row does not read it.
+  const S* network() {
+    if (!a_.network.given()) return nullptr;
+    const S* f = read(a_.network, t_, network_.v);
+    if (!a_.uncond.given()) return f;
+    const S* u = read(a_.uncond, t_, uncond_.v);
+    const S w = guidance_weight(hi_[layout_.guidance()], a_.guidance[t_.sample]);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n_; ++i) network_.v[i] = guided(f[i], u[i], w);
+    return network_.v;
+  }
+
+  const S* noise() {
+    if (a_.noise.given()) return read(a_.noise, t_, noise_.v);
+    const uint32_t stream = uint32_t(field_[kStream]), draw = uint32_t(field_[kDraw]);
+    fill_tile<P, NoiseKind::normal>(a_.keys, t_, draw, stream, noise_f32());
+    if constexpr (sizeof(S) == sizeof(double))
+      for (int64_t i = 0; i < n_; ++i) noise_.v[i] = narrow_.v[i];
+    return noise_.v;
+  }
+
+  const S* state() { return read(a_.x, t_, state_.v); }
+
+  void run() {
+    const S* x = state();
+    const bool langevin = field_[kNorm] != kNoNorm;
+    const bool uses_f = langevin || reads(kNetwork) || reads(kDenoised);
+    const S* f = uses_f ? network() : nullptr;
+    if (f) note_bad(f);
+    const S* d = reads(kDenoised) ? denoised(x, f) : nullptr;
+    const S* z = langevin || reads(kNoise) ? noise() : nullptr;
+    const S* source[kMaxSources] = {x, f, d, z};
+    for (int k = 0; k < a_.registers; ++k)
+      if (reads(kRegister0 + k)) source[kRegister0 + k] = read(a_.slots[k], t_, registers_[k].v);
+
+    const int slot = field_[kSlot];
+    if (slot >= 0) sum_terms(terms(source, layout_.write()), written_.v, n_);
+    S* out = target(a_.x, t_, state_.v);
+    sum_terms(langevin ? langevin_terms(source) : terms(source, 0), out, n_);
+    commit(a_.x, t_, out);
+    if (slot >= 0) store(a_.slots[slot], t_, written_.v, S(1));
+    next_input(out);
+  }
+
+  // The score s = p_s·x + q_s·F, into a buffer that may be changed.
+  S* score() {
+    Terms<S> t;
+    t.add(network(), hi_[layout_.score_f()], lo_[layout_.score_f()]);
+    t.add(state(), hi_[layout_.score_x()], lo_[layout_.score_x()]);
+    sum_terms(t, written_.v, n_);
+    return written_.v;
+  }
+
+ private:
+  bool reads(int source) const {
+    const bool to_slot = field_[kSlot] >= 0 && hi_[layout_.write() + source] != S(0);
+    return hi_[source] != S(0) || to_slot;
+  }
+
+  Terms<S> terms(const S* const* source, int first) const {
+    Terms<S> t;
+    for (int k = kNetwork; k < layout_.sources(); ++k)
+      t.add(source[k], hi_[first + k], lo_[first + k]);
+    t.add(source[kState], hi_[first], lo_[first]);
+    return t;
+  }
+
+  // x + ε·s + √(2ε)·z on top of the row, folded in float64 and split again.
+  Terms<S> langevin_terms(const S* const* source) const {
+    const double eps = double(a_.epsilon[t_.sample]);
+    double c[kMaxSources];
+    for (int k = 0; k < layout_.sources(); ++k) c[k] = double(hi_[k]) + double(lo_[k]);
+    const int px = layout_.score_x(), pf = layout_.score_f();
+    c[kState] += eps * (double(hi_[px]) + double(lo_[px]));
+    c[kNetwork] += eps * (double(hi_[pf]) + double(lo_[pf]));
+    c[kNoise] += ::sqrt(2.0 * eps);
+    Terms<S> t;
+    for (int i = 1; i <= layout_.sources(); ++i) {
+      const int k = i % layout_.sources();  // the state last
+      const Split<S> part = split<S>(c[k]);
+      t.add(source[k], part.hi, part.lo);
+    }
+    return t;
+  }
+
+  const S* denoised(const S* x, const S* f) {
+    Terms<S> t;
+    t.add(f, hi_[layout_.denoise_f()], lo_[layout_.denoise_f()]);
+    t.add(x, hi_[layout_.denoise_x()], lo_[layout_.denoise_x()]);
+    sum_terms(t, denoised_.v, n_);
+    const S limit = hi_[layout_.limit()];
+    for (int64_t i = 0; i < n_; ++i) denoised_.v[i] = clamp_keep_nan(denoised_.v[i], limit);
+    return denoised_.v;
+  }
+
+  void note_bad(const S* f) {
+    if (!a_.first_bad || !any_non_finite(f, n_)) return;
+    for (int64_t s = 0; s < t_.samples; ++s) {
+      int32_t* bad = a_.first_bad + t_.sample + s;
+      if (any_non_finite(f + s * t_.count, t_.count) && __atomic_load_n(bad, __ATOMIC_RELAXED) < 0)
+        __atomic_store_n(bad, int32_t(row_), __ATOMIC_RELAXED);
+    }
+  }
+
+  void next_input(const S* x) {
+    const S scale = hi_[layout_.next_scale()];
+    if (scale == S(0)) return;
+    if (a_.net_input.given()) store(a_.net_input, t_, x, scale);
+    if (a_.net_time && t_.first == 0)
+      for (int64_t s = 0; s < t_.samples; ++s)
+        a_.net_time[t_.sample + s] = hi_[layout_.next_label()];
+  }
+
+  float* noise_f32() {
+    if constexpr (sizeof(S) == sizeof(float))
+      return noise_.v;
+    else
+      return narrow_.v;
+  }
+
+  const StepArgs<S>& a_;
+  const Tile t_;
+  const RowLayout layout_;
+  const int64_t row_;
+  const S *hi_, *lo_;
+  const int32_t* field_;
+  const int64_t n_;
+  Buffer<S> state_, network_, uncond_, noise_, denoised_, written_, registers_[kMaxRegisters];
+  Buffer<float> narrow_;
+};
+
+// Whether samples [first, first + count) can be treated as one long sample.
+template <class S>
+bool alike(const StepArgs<S>& a, int64_t first, int64_t count) {
+  for (int64_t b = first + 1; b < first + count; ++b) {
+    if (a.row[b * a.row_stride] != a.row[first * a.row_stride]) return false;
+    if (a.epsilon && a.epsilon[b] != a.epsilon[first]) return false;
+    if (a.guidance && a.guidance[b] != a.guidance[first]) return false;
+  }
+  return true;
+}
+
+template <class P, class S>
+void step(const StepArgs<S>& args, const Tile& tile) {
+  if (tile.samples > 1 && !alike(args, tile.sample, tile.samples)) {
+    for (int64_t s = 0; s < tile.samples; ++s)
+      step<P, S>(args, {tile.sample + s, 1, tile.first, tile.count});
+    return;
+  }
+  const int64_t row = args.row[tile.sample * args.row_stride];
+  if (row < 0 || row >= args.rows) return;
+  TileStep<P, S>(args, tile).run();
+}
+
+// Pairwise sum of squares: v is padded with zeros to a power of two, then halved until one is left.
+template <class S>
+S sum_squares(S* v, int64_t n) {
+  int64_t width = 1;
+  while (width < n) width *= 2;
+  for (int64_t i = n; i < width; ++i) v[i] = S(0);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < width; ++i) v[i] *= v[i];
+  while (width > 1) {
+    width /= 2;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < width; ++i) v[i] += v[i + width];
+  }
+  return v[0];
+}
+
+template <class P, class S>
+SquareSums<S> squares(const StepArgs<S>& args, const Tile& tile) {
+  const int64_t row = args.row[tile.sample * args.row_stride];
+  if (row < 0 || row >= args.rows) return {};
+  const int norm = args.field[row * kFields + kNorm];
+  if (norm == kNoNorm) return {};
+  TileStep<P, S> step(args, tile);
+  SquareSums<S> sums = {sum_squares(step.score(), tile.count), S(0)};
+  if (norm == kSqrtD) return sums;
+  Buffer<S> z;
+  memcpy(z.v, step.noise(), size_t(tile.count) * sizeof(S));
+  sums.noise = sum_squares(z.v, tile.count);
+  return sums;
+}
+
+template <class P>
+CpuKernels make_kernels(const char* level) {
+  return {level,
+          {fill_tile<P, NoiseKind::normal>, fill_tile<P, NoiseKind::uniform>,
+           fill_tile<P, NoiseKind::rademacher>, fill_tile<P, NoiseKind::words>},
+          step<P, float>,
+          step<P, double>,
+          squares<P, float>,
+          squares<P, double>};
+}
+
+}  // namespace
+}  // namespace sbm

@@ -1,0 +1,12 @@
+// The data-dependent Langevin step size: norms of score and noise per sample, and ε from them.
+#pragma once
+#include "affine_step.h"
+
+namespace sbm {
+
+// Writes ε[b] for the row that sample b stands at (0 where that row has no norm). Of `args` it
+// reads x, network, uncond, guidance, keys, noise, row, coef and field.
+template <class S>
+void langevin_epsilon_cpu(const StepArgs<S>& args, S* epsilon);
+
+}  // namespace sbm

@@ -1,0 +1,47 @@
+// Philox4x32-10, shared by every backend.
+// Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+#pragma once
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define SBM_HD static __host__ __device__ __forceinline__
+#else
+#define SBM_HD static inline __attribute__((always_inline))
+#endif
+
+namespace sbm {
+
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipliers
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // Weyl increments of the key
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kKeyDomain = 0x53424Du;  // "SBM": separates key derivation from the noise
+
+struct Words {
+  uint32_t w[4];
+};
+
+SBM_HD Words philox(Words c, uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t p0 = uint64_t(kPhiloxM0) * c.w[0], p1 = uint64_t(kPhiloxM1) * c.w[2];
+    c = {{uint32_t(p1 >> 32) ^ c.w[1] ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.w[3] ^ k1,
+          uint32_t(p0)}};
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+  return c;
+}
+
+// The words of elements 4j … 4j+3 of the sample that owns `key`.
+SBM_HD Words sample_words(uint64_t key, uint64_t j, uint32_t draw, uint32_t stream) {
+  return philox({{uint32_t(j), uint32_t(j >> 32), draw, stream}}, uint32_t(key),
+                uint32_t(key >> 32));
+}
+
+// The key of global sample b under `seed`.
+SBM_HD uint64_t sample_key(uint64_t seed, uint64_t b) {
+  const Words w = philox({{uint32_t(b), uint32_t(b >> 32), kKeyDomain, 0u}}, uint32_t(seed),
+                         uint32_t(seed >> 32));
+  return uint64_t(w.w[0]) | uint64_t(w.w[1]) << 32;
+}
+
+}  // namespace sbm

@@ -1,0 +1,174 @@
+// Bringing a tile of any tensor into a contiguous buffer of the state's type, and back.
+// Included by kernels_cpu_impl.h only (see there for the unnamed namespace).
+#pragma once
+#include <string.h>
+
+#include <type_traits>
+
+#include "kernels_cpu.h"
+
+namespace sbm {
+namespace {
+
+// Element types as they lie in memory. Half conversions are done on the bits: not every compiler
+// has the types.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+SBM_HD float float_of(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+SBM_HD uint32_t bits_of(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, sizeof bits);
+  return bits;
+}
+
+SBM_HD float widen(float v) { return v; }
+SBM_HD double widen(double v) { return v; }
+SBM_HD float widen(Bf16 v) { return float_of(uint32_t(v.bits) << 16); }
+
+SBM_HD float widen(Half v) {
+  const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, rest = uint32_t(v.bits & 0x7fff) << 13;
+  const uint32_t infinite = rest >= 0x0f800000u ? 0x70000000u : 0u;  // keeps ∞ and NaN
+  // Multiplying by 2¹¹² moves the exponent from half's bias to float's, subnormals included.
+  return float_of(bits_of(float_of(rest) * 0x1p112f) | sign | infinite);
+}
+
+template <class T, class S>
+SBM_HD T narrow(S v) {
+  return T(v);
+}
+
+// Round to nearest even; a NaN stays one.
+template <>
+inline Bf16 narrow<Bf16, float>(float v) {
+  const uint32_t bits = bits_of(v);
+  if (v != v) return {uint16_t(bits >> 16 | 0x40)};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+template <>
+inline Half narrow<Half, float>(float v) {
+  const uint32_t bits = bits_of(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to ∞
+  if (magnitude < 0x38800000) {                                  // subnormal: let an add round it
+    const uint32_t sum = bits_of(float_of(magnitude) + 0.5f);
+    return {uint16_t(sign | (sum - bits_of(0.5f)))};
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+  return {uint16_t(sign | ((rounded - 0x38000000) >> 13))};
+}
+
+template <>
+inline Bf16 narrow<Bf16, double>(double v) {
+  return narrow<Bf16>(float(v));
+}
+template <>
+inline Half narrow<Half, double>(double v) {
+  return narrow<Half>(float(v));
+}
+
+// Calls run(pointer to the view's memory as its own element type).
+template <class Run>
+void with_type(const TensorView& v, Run run) {
+  switch (v.dtype) {
+    case DType::f32:
+      return run(static_cast<float*>(v.data));
+    case DType::f64:
+      return run(static_cast<double*>(v.data));
+    case DType::bf16:
+      return run(static_cast<Bf16*>(v.data));
+    case DType::f16:
+      return run(static_cast<Half*>(v.data));
+  }
+}
+
+template <class S>
+constexpr DType dtype_of() {
+  return sizeof(S) == sizeof(float) ? DType::f32 : DType::f64;
+}
+
+// Whether the tile lies in memory just as in a buffer.
+template <class S>
+bool in_place(const TensorView& v, const Tile& t) {
+  return v.dtype == dtype_of<S>() && v.dense() &&
+         (t.samples == 1 || v.sample_stride == t.count);
+}
+
+// Calls run(memory offset, memory stride, position in the tile, length) for every run of elements
+// along the innermost dimension.
+template <class Run>
+void for_each_run(const TensorView& v, const Tile& t, Run run) {
+  const int last = v.dims - 1;
+  for (int64_t s = 0; s < t.samples; ++s) {
+    const int64_t base = (t.sample + s) * v.sample_stride;
+    if (v.dims == 0) {
+      run(base, 1, s * t.count, t.count);
+      continue;
+    }
+    int64_t index[TensorView::kMaxDims], rest = t.first;
+    for (int d = last; d >= 0; --d) index[d] = rest % v.size[d], rest /= v.size[d];
+    for (int64_t done = 0; done < t.count;) {
+      int64_t offset = base;
+      for (int d = 0; d <= last; ++d) offset += index[d] * v.stride[d];
+      const int64_t left = v.size[last] - index[last], want = t.count - done;
+      const int64_t length = left < want ? left : want;
+      run(offset, v.stride[last], s * t.count + done, length);
+      done += length;
+      index[last] = 0;
+      for (int d = last - 1; d >= 0; --d) {
+        if (++index[d] < v.size[d]) break;
+        index[d] = 0;
+      }
+    }
+  }
+}
+
+// The tile's elements: where they lie, or gathered into `buffer`.
+template <class S>
+const S* read(const TensorView& v, const Tile& t, S* buffer) {
+  if (in_place<S>(v, t))
+    return static_cast<const S*>(v.data) + t.sample * v.sample_stride + t.first;
+  with_type(v, [&](const auto* data) {
+    for_each_run(v, t, [&](int64_t offset, int64_t stride, int64_t at, int64_t length) {
+      for (int64_t i = 0; i < length; ++i) buffer[at + i] = S(widen(data[offset + i * stride]));
+    });
+  });
+  return buffer;
+}
+
+// Where to write the tile: in place, or into `buffer` until commit().
+template <class S>
+S* target(const TensorView& v, const Tile& t, S* buffer) {
+  return in_place<S>(v, t) ? static_cast<S*>(v.data) + t.sample * v.sample_stride + t.first
+                           : buffer;
+}
+
+// scale·values into the tile.
+template <class S>
+void store(const TensorView& v, const Tile& t, const S* values, S scale) {
+  with_type(v, [&](auto* data) {
+    using T = std::remove_reference_t<decltype(*data)>;
+    for_each_run(v, t, [&](int64_t offset, int64_t stride, int64_t at, int64_t length) {
+      for (int64_t i = 0; i < length; ++i)
+        data[offset + i * stride] = narrow<T>(S(scale * values[at + i]));
+    });
+  });
+}
+
+template <class S>
+void commit(const TensorView& v, const Tile& t, const S* values) {
+  if (!in_place<S>(v, t)) store(v, t, values, S(1));
+}
+
+}  // namespace
+}  // namespace sbm

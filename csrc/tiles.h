@@ -1,0 +1,48 @@
+// Cutting a batch into tiles. The cut depends on the sample's size only, never on threads.
+#pragma once
+#include "kernels_cpu.h"
+#include "parallel.h"
+
+namespace sbm {
+
+struct Tiling {
+  int64_t batch, numel;
+  int64_t per_sample;  // tiles of a sample, when a sample is larger than a tile
+  int64_t together;    // samples of a tile, when a tile holds whole samples
+
+  Tiling(int64_t batch, int64_t numel, bool pack_samples)
+      : batch(batch), numel(numel), per_sample((numel + kTile - 1) / kTile), together(1) {
+    const int64_t padded = (numel + 3) / 4 * 4;  // noise comes in fours
+    if (pack_samples && padded > 0 && padded <= kTile / 2) together = kTile / padded;
+  }
+
+  int64_t count() const {
+    return numel == 0 ? 0
+           : together > 1 ? (batch + together - 1) / together
+                          : batch * per_sample;
+  }
+
+  Tile operator[](int64_t i) const {
+    if (together > 1) {
+      const int64_t first = i * together, left = batch - first;
+      return {first, left < together ? left : together, 0, numel};
+    }
+    const int64_t start = i % per_sample * kTile, left = numel - start;
+    return {i / per_sample, 1, start, left < kTile ? left : kTile};
+  }
+
+  // Tiles that are worth a thread: about 16 thousand elements.
+  int64_t grain() const {
+    const int64_t size = together > 1 ? together * numel : (numel < kTile ? numel : kTile);
+    return 1 + 16 * kTile / (size + 1);
+  }
+
+  template <class Body>
+  void each(const Body& body) const {
+    parallel(count(), grain(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body((*this)[i], i);
+    });
+  }
+};
+
+}  // namespace sbm
