@@ -12,6 +12,7 @@ namespace {
 const CpuKernels& choose() {
 #if SBM_X86
   const char* asked = getenv("SBM_FAST_CPU");
+  if (asked && !*asked) asked = nullptr;
   const auto allowed = [&](const char* level) {
     if (!asked || !strcmp(asked, level)) return true;
     return !strcmp(asked, "avx512") && !strcmp(level, "avx2");

@@ -41,45 +41,58 @@ S mean(const std::vector<S>& v) {
   return tree_sum<S>(int64_t(v.size()), [&](int64_t b) { return v[size_t(b)]; }) / S(v.size());
 }
 
+// Norm kind of the row that sample b stands at.
+template <class S>
+int norm_of(const StepArgs<S>& args, int64_t b) {
+  const int64_t row = args.row[b * args.row_stride];
+  return row < 0 || row >= args.rows ? kNoNorm : args.field[row * kFields + kNorm];
+}
+
+// Working memory, kept between calls: a sampler's loop allocates nothing after its first step.
+template <class S>
+struct Scratch {
+  std::vector<SquareSums<S>> partial;
+  std::vector<S> score, noise, batch_score, batch_noise;
+};
+
 }  // namespace
 
 template <class S>
 void langevin_epsilon_cpu(const StepArgs<S>& args, S* epsilon) {
+  static thread_local Scratch<S> scratch;
+  Scratch<S>& m = scratch;  // the workers below must not name their own thread's
   const Tiling tiling(args.batch, args.numel, false);
-  // Kept between calls: the loop of a sampler allocates nothing after its first step.
-  static thread_local std::vector<SquareSums<S>> partial;
-  static thread_local std::vector<S> score_norm, noise_norm;
-  partial.resize(size_t(tiling.count()));
-  score_norm.resize(size_t(args.batch));
-  noise_norm.resize(size_t(args.batch));
-  SquareSums<S>* const sums = partial.data();  // the workers must not name their own thread_local
-  tiling.each([&](const Tile& tile, int64_t i) { sums[i] = squares(args, tile); });
+  m.partial.resize(size_t(tiling.count()));
+  tiling.each([&](const Tile& tile, int64_t i) { m.partial[size_t(i)] = squares(args, tile); });
+
+  m.score.resize(size_t(args.batch));
+  m.noise.resize(size_t(args.batch));
+  m.batch_score.clear();
+  m.batch_noise.clear();
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const SquareSums<S>* own = m.partial.data() + b * tiling.per_sample;
+    const auto score = [&](int64_t i) { return own[i].score; };
+    const auto noise = [&](int64_t i) { return own[i].noise; };
+    m.score[size_t(b)] = S(sqrt(tree_sum<S>(tiling.per_sample, score)));
+    m.noise[size_t(b)] = S(sqrt(tree_sum<S>(tiling.per_sample, noise)));
+    if (norm_of(args, b) != kBatchMean) continue;
+    m.batch_score.push_back(m.score[size_t(b)]);
+    m.batch_noise.push_back(m.noise[size_t(b)]);
+  }
+  const S mean_score = mean(m.batch_score), mean_noise = mean(m.batch_noise);
 
   const RowLayout layout{args.registers};
   for (int64_t b = 0; b < args.batch; ++b) {
-    const SquareSums<S>* own = sums + b * tiling.per_sample;
-    const auto score = [&](int64_t i) { return own[i].score; };
-    const auto noise = [&](int64_t i) { return own[i].noise; };
-    score_norm[size_t(b)] = S(sqrt(tree_sum<S>(tiling.per_sample, score)));
-    noise_norm[size_t(b)] = S(sqrt(tree_sum<S>(tiling.per_sample, noise)));
-  }
-  const S mean_score = mean(score_norm), mean_noise = mean(noise_norm);
-  for (int64_t b = 0; b < args.batch; ++b) {
-    const int64_t row = args.row[b * args.row_stride];
+    const int norm = norm_of(args, b);
     epsilon[b] = S(0);
-    if (row < 0 || row >= args.rows) continue;
+    if (norm == kNoNorm) continue;
+    const int64_t row = args.row[b * args.row_stride];
     const S scale = args.coef[row * 2 * layout.lanes() + layout.step_scale()];
-    switch (args.field[row * kFields + kNorm]) {
-      case kBatchMean:
-        epsilon[b] = langevin_epsilon(scale, mean_noise, mean_score);
-        break;
-      case kPerSample:
-        epsilon[b] = langevin_epsilon(scale, noise_norm[size_t(b)], score_norm[size_t(b)]);
-        break;
-      case kSqrtD:
-        epsilon[b] = langevin_epsilon(scale, S(sqrt(S(args.numel))), score_norm[size_t(b)]);
-        break;
-    }
+    const S score = norm == kBatchMean ? mean_score : m.score[size_t(b)];
+    const S noise = norm == kBatchMean ? mean_noise
+                    : norm == kSqrtD   ? S(sqrt(S(args.numel)))
+                                       : m.noise[size_t(b)];
+    epsilon[b] = langevin_epsilon(scale, noise, score);
   }
 }
 
