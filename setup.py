@@ -255,12 +255,13 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(
-    packages=[*find_packages(include=["sbm_fast", "sbm_fast.*"]), "sbm_fast.kernels"],
-    # Not installed as `kernels`: that import name belongs to another package.
-    package_dir={"sbm_fast.kernels": "kernels"},
-    package_data={"sbm_fast": ["py.typed", "weights/*.safetensors"]},
-    include_package_data=False,
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["sbm_fast", "sbm_fast.*"]), "sbm_fast.kernels"],
+        # Not installed as `kernels`: that import name belongs to another package.
+        package_dir={"sbm_fast.kernels": "kernels"},
+        package_data={"sbm_fast": ["py.typed", "weights/*.safetensors"]},
+        include_package_data=False,
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
+    )
