@@ -1,3 +1,30 @@
-"""Fused sampling kernels for score-based (diffusion) models."""
+"""Fused sampling kernels for score-based (diffusion) models.
+
+>>> import sbm_fast
+>>> x = sbm_fast.sample(model, sbm_fast.VPSDE(), (64, 3, 32, 32), method="pc", seed=0)
+"""
 
 __version__ = "0.1.0"
+
+from sbm_fast import noise, plan
+from sbm_fast.doctor import doctor
+from sbm_fast.ladder import DDPMSchedule, NCSNLadder
+from sbm_fast.model import ScoreModel
+from sbm_fast.sampler import SampleInfo, Sampler, sample
+from sbm_fast.sde import EDMSDE, VESDE, VPSDE, SubVPSDE
+
+__all__ = [
+    "EDMSDE",
+    "VESDE",
+    "VPSDE",
+    "DDPMSchedule",
+    "NCSNLadder",
+    "SampleInfo",
+    "Sampler",
+    "ScoreModel",
+    "SubVPSDE",
+    "doctor",
+    "noise",
+    "plan",
+    "sample",
+]

@@ -87,7 +87,9 @@ def normal(
 
     Raises: ValueError or TypeError naming the argument.
     """
-    return _fill("normal", seed, shape, draw, stream, keys, first_sample, dtype, device, backend, out)
+    return _fill(
+        "normal", seed, shape, draw, stream, keys, first_sample, dtype, device, backend, out
+    )
 
 
 def uniform(

@@ -95,9 +95,7 @@ def _note_bad(rows: Rows, f: Tensor, row: Tensor, first_bad: Tensor) -> None:
     first_bad.copy_(torch.where(bad, row, first_bad))
 
 
-def _next_input(
-    rows: Rows, x: Tensor, net_input: Tensor | None, net_time: Tensor | None
-) -> None:
+def _next_input(rows: Rows, x: Tensor, net_input: Tensor | None, net_time: Tensor | None) -> None:
     scale = rows.lane("c_in_next").to(x.dtype)
     here = rows.live & (scale != 0)
     if net_input is not None:

@@ -1,0 +1,231 @@
+"""One run of a plan: network, step, network, step … with everything allocated before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sbm_fast.plan import Plan, Z
+
+if TYPE_CHECKING:
+    from sbm_fast.sampler import Sampler
+
+NoiseHook = Callable[[int, int], Tensor]
+"""(draw, stream) → tensor [B, …] used as z."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback gets after a row: `x` is a copy of the state, `time` that of the row's
+    evaluation (NaN for a start row)."""
+
+    row: int
+    rows: int
+    time: float
+    x: Tensor
+
+
+class Run:
+    """A sampling run that can be advanced row by row, kept, and taken up again.
+
+    The network reads the state itself where it takes it unscaled and in the state's dtype;
+    otherwise the step writes the network's next input into a buffer of its own. So beyond the
+    network's memory there are the state, K registers and at most one such buffer.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        plan: Plan,
+        coef: Tensor,
+        field: Tensor,
+        x: Tensor,
+        keys: Tensor,
+        seed: int | None,
+        cond: dict[str, Any],
+        guidance: Tensor | None,
+        noise: NoiseHook | None,
+    ) -> None:
+        self.plan, self.seed, self.row = plan, seed, 0
+        self.seconds_network = 0.0
+        self._sampler, self._coef, self._field = sampler, coef, field
+        self._cond, self._guidance, self._noise = cond, guidance, noise
+        self._x, self._keys = x, keys
+        batch = x.shape[0]
+        self._registers = x.new_zeros((plan.registers, *x.shape)) if plan.registers else None
+        direct = sampler.net_dtype == x.dtype and bool((plan.c_in[plan.evaluates] == 1.0).all())
+        self._net_input = None if direct else torch.zeros_like(x, dtype=sampler.net_dtype)
+        self._net_time = x.new_zeros(batch)
+        self._epsilon = x.new_zeros(batch) if plan.norm.any() else None
+        self._first_bad = torch.full((batch,), -1, dtype=torch.int32, device=x.device)
+        numbers = torch.arange(plan.rows, dtype=torch.int32, device=x.device)
+        self._row_numbers = numbers[:, None].expand(plan.rows, batch).unbind(0)
+        self._evaluates = plan.evaluates.tolist()
+        self._norm = plan.norm.tolist()
+        self._needs_noise = ((plan.coef[:, :, Z] != 0).any(axis=1) | (plan.norm != 0)).tolist()
+
+    @property
+    def x(self) -> Tensor:
+        """A copy of the present state, in the plan's coordinate."""
+        return self._x.clone()
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations so far."""
+        done = int(np.count_nonzero(self.plan.evaluates[: self.row]))
+        return done if self._guidance is None else 2 * done
+
+    @torch.no_grad()
+    def advance(
+        self,
+        rows: int | None = None,
+        *,
+        progress: bool = False,
+        callback: Callable[[Step], None] | None = None,
+    ) -> Run:
+        """Goes on for `rows` rows, or to the end."""
+        if rows is not None and rows < 0:
+            raise ValueError(f"rows: expected a number ≥ 0, got {rows}")
+        left = self.plan.rows - self.row
+        end = self.row + (left if rows is None else min(rows, left))
+        if self._x.numel() == 0:
+            self.row = end
+            return self
+        with _eval_mode(self._sampler.model.net), _bar(end - self.row, progress) as bar:
+            for row in range(self.row, end):
+                self._advance_row(row)
+                if bar is not None:
+                    bar.update()
+                if callback is not None:
+                    time_of_row = float(self.plan.time[row])
+                    callback(Step(row, self.plan.rows, time_of_row, self._x.clone()))
+        return self
+
+    def _advance_row(self, row: int) -> None:
+        network = uncond = None
+        if self._evaluates[row]:
+            begin = time.perf_counter()
+            network = self._evaluate(self._cond)
+            if self._guidance is not None:
+                uncond = self._evaluate(dict(self._sampler.model.null_cond or {}))
+            self.seconds_network += time.perf_counter() - begin
+        noise = self._given_noise(row)
+        kernels, number = self._sampler.kernels, self._row_numbers[row]
+        if self._norm[row]:
+            kernels.langevin_epsilon_(
+                self._epsilon, self._x, network, uncond, self._guidance, self._keys, number,
+                self._coef, self._field, noise,
+            )  # fmt: skip
+        kernels.affine_step_(
+            self._x, network, uncond, self._guidance, self._registers, self._keys, number,
+            self._coef, self._field, self._epsilon, noise, self._net_input, self._net_time,
+            self._first_bad,
+        )  # fmt: skip
+        self.row = row + 1
+
+    def _evaluate(self, cond: dict[str, Any]) -> Tensor:
+        x = self._x if self._net_input is None else self._net_input
+        version = x._version
+        out = self._sampler.model(x, self._net_time, **cond)
+        if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
+            got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out)
+            raise ValueError(
+                f"model: expected a floating tensor of shape {tuple(x.shape)}, got {got}"
+            )
+        if out.device != x.device:
+            raise ValueError(f"model: expected its output on {x.device}, got {out.device}")
+        if x._version != version:
+            raise ValueError("model: the network changed its input in place")
+        return out
+
+    def _given_noise(self, row: int) -> Tensor | None:
+        if self._noise is None or not self._needs_noise[row]:
+            return None
+        z = self._noise(int(self.plan.draw[row]), int(self.plan.stream[row]))
+        if not isinstance(z, Tensor) or z.shape != self._x.shape or not z.is_floating_point():
+            got = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z)
+            raise ValueError(
+                f"noise: expected a floating tensor of shape {tuple(self._x.shape)}, got {got}"
+            )
+        return z.to(self._x.device)
+
+    def result(self) -> Tensor:
+        """The samples, once every row has run.
+
+        Raises: ValueError when rows are left, or when the network gave a value that is not finite
+        (with step, time and sample).
+        """
+        if self.row < self.plan.rows:
+            raise ValueError(f"result: {self.plan.rows - self.row} rows are left; call advance()")
+        bad = torch.nonzero(self._first_bad >= 0).flatten()
+        if len(bad):
+            rows = self._first_bad[bad]
+            first = int(torch.argmin(rows))
+            row, sample = int(rows[first]), int(bad[first])
+            step = int(np.count_nonzero(self.plan.evaluates[: row + 1]))
+            raise ValueError(
+                f"model: returned values that are not finite for {len(bad)} of {len(self._x)} "
+                f"samples, first for sample {sample} at evaluation {step} of {self.plan.nfe} "
+                f"(row {row}, t = {self.plan.time[row]:.6g})"
+            )
+        return self._x
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `Sampler.resume` needs, as tensors (for torch.save or safetensors)."""
+        registers = self._registers if self._registers is not None else self._x.new_zeros(0)
+        return {
+            "x": self._x.clone(),
+            "registers": registers.clone(),
+            "keys": self._keys.clone(),
+            "row": torch.tensor(self.row),
+            "given_start": torch.tensor(self.plan is self._sampler._plans.get(True, (None,))[0]),
+        }
+
+    def restore(self, row: int, registers: Tensor) -> None:
+        """Puts the run before `row`, with these registers."""
+        if self._registers is not None:
+            self._registers.copy_(registers)
+        self.row = row
+        if row < self.plan.rows and self._evaluates[row]:
+            scale = float(self._coef[row - 1, 0, _lane(self.plan, "c_in_next")])
+            label = float(self._coef[row - 1, 0, _lane(self.plan, "label_next")])
+            self._net_time.fill_(label)
+            if self._net_input is not None:
+                self._net_input.copy_(self._x * scale)
+
+
+def _lane(plan: Plan, name: str) -> int:
+    from sbm_fast.plan import H0, TAIL_LANES
+
+    return 2 * (H0 + plan.registers) + TAIL_LANES.index(name)
+
+
+@contextmanager
+def _eval_mode(net: object) -> Iterator[None]:
+    """Every submodule in eval mode, and each put back as it was."""
+    modules = list(net.modules()) if isinstance(net, torch.nn.Module) else []
+    training = [m for m in modules if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Any]:
+    if not shown:
+        yield None
+        return
+    with tqdm(total=total, unit="row", dynamic_ncols=True) as bar:
+        yield bar

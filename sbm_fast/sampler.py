@@ -1,0 +1,429 @@
+"""Running a plan: `sample`, `Sampler`, and a `Run` that can be stopped and taken up again."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbm_fast import noise as noise_module
+from sbm_fast.backend import Kernels, choose_backend
+from sbm_fast.methods import make_plan
+from sbm_fast.model import ScoreModel, as_score_model
+from sbm_fast.plan import NORMS, Plan
+from sbm_fast.run import NoiseHook, Run, Step
+from sbm_fast.sde import SDE, as_sde
+
+__all__ = ["Run", "SampleInfo", "Sampler", "Step", "sample"]
+
+Callback = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """What a sampling run did.
+
+    Attributes:
+        nfe: network evaluations per sample (two a row under guidance).
+        seed: the seed that gave the keys; None when `keys` were given.
+        seconds: wall time of the loop; seconds_network of it in the network, seconds_sampler in
+            everything else. On a GPU only `seconds` is known (launches are asynchronous), the
+            others are NaN.
+        backend: the kernels that ran.
+        plan: the table that was run.
+    """
+
+    nfe: int
+    seed: int | None
+    seconds: float
+    seconds_network: float
+    seconds_sampler: float
+    backend: str
+    plan: Plan
+
+
+class Sampler:
+    """A sampler prepared once and called many times.
+
+    Takes the arguments of `sample` that don't change between calls; `sampler(seed=…)` samples.
+    `sampler.start(…)` gives a `Run` to go through step by step, `sampler.resume(state)` takes one
+    up where it was left.
+    """
+
+    def __init__(
+        self,
+        model: object,
+        sde: object,
+        shape: Sequence[int] | None = None,
+        *,
+        method: str = "pc",
+        steps: int | None = None,
+        num_samples: int = 16,
+        cond: Mapping[str, Any] | None = None,
+        guidance: float | Tensor | None = None,
+        t_max: float | None = None,
+        t_min: float | None = None,
+        schedule: Any = None,
+        denoise: str | bool | None = None,
+        clip_denoised: float | None = None,
+        compat: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        net_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+        cuda_graph: bool | str = "auto",
+        **method_options: Any,
+    ) -> None:
+        self.sde: SDE = as_sde(sde)
+        self.model: ScoreModel = as_score_model(model, self.sde)
+        self.shape = _full_shape(shape, num_samples, self.model)
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+        self.dtype = dtype
+        self.device, self.net_dtype = _placement(self.model, device, net_dtype, dtype)
+        self.kernels: Kernels = choose_backend(backend, self.device)
+        _check_cuda_graph(cuda_graph, self.device)
+        self.cond, self.guidance = cond, guidance
+        self._plan_arguments = dict(
+            method=method,
+            steps=steps,
+            t_max=t_max,
+            t_min=t_min,
+            schedule=schedule,
+            denoise=denoise,
+            clip_denoised=clip_denoised,
+            compat=compat,
+            **method_options,
+        )
+        self._plans: dict[bool, tuple[Plan, Tensor, Tensor]] = {}
+        _warn_about(self.plan, self.net_dtype, math.prod(self.shape[1:]))
+
+    @property
+    def plan(self) -> Plan:
+        """The table that runs when no x_init is given."""
+        return self._packed(False)[0]
+
+    def _packed(self, given_start: bool) -> tuple[Plan, Tensor, Tensor]:
+        if given_start not in self._plans:
+            arguments: dict[str, Any] = self._plan_arguments
+            plan = make_plan(model=self.model, sde=self.sde, given_start=given_start, **arguments)
+            self._plans[given_start] = plan, *plan.pack(self.dtype, self.device)
+        return self._plans[given_start]
+
+    def start(
+        self,
+        *,
+        seed: int | None = None,
+        keys: Tensor | None = None,
+        first_sample: int = 0,
+        cond: Mapping[str, Any] | None = None,
+        guidance: float | Tensor | None = None,
+        x_init: Tensor | None = None,
+        noise: NoiseHook | None = None,
+    ) -> Run:
+        """A run that stands before its first row. Arguments as in `sample`."""
+        batch = self.shape[0]
+        if keys is None:
+            seed = noise_module.fresh_seed() if seed is None else seed
+            keys = noise_module.keys(seed, batch, first_sample, self.device)
+        else:
+            noise_module.check_keys(keys, batch, seed, first_sample)
+            keys = keys.to(self.device).contiguous()
+        plan, coef, field = self._packed(x_init is not None)
+        if first_sample and (plan.norm == NORMS.index("batch_mean")).any():
+            raise ValueError(
+                'norm: "batch_mean" couples the samples of a batch, so a shard '
+                f'(first_sample={first_sample}) would differ from the whole; use norm="sigma"'
+            )
+        x = self._initial_state(x_init, plan)
+        return Run(
+            self, plan, coef, field, x, keys, seed, *self._conditioning(cond, guidance), noise
+        )
+
+    def resume(
+        self,
+        state: Mapping[str, Tensor],
+        *,
+        cond: Mapping[str, Any] | None = None,
+        guidance: float | Tensor | None = None,
+        noise: NoiseHook | None = None,
+    ) -> Run:
+        """The run whose `Run.state()` was kept; it goes on to the bit as if it had never stopped.
+
+        Raises: ValueError when the state is not one of this sampler (shape, rows).
+        """
+        missing = {"x", "registers", "keys", "row", "given_start"} - set(state)
+        if missing:
+            raise ValueError(f"state: lacks {sorted(missing)}; expected what Run.state() returns")
+        plan, coef, field = self._packed(bool(state["given_start"].item()))
+        row = int(state["row"].item())
+        if tuple(state["x"].shape) != self.shape or not 0 <= row <= plan.rows:
+            raise ValueError(
+                f"state: expected x of shape {self.shape} and a row in [0, {plan.rows}], got "
+                f"{tuple(state['x'].shape)} and row {row}"
+            )
+        x = torch.empty(self.shape, dtype=self.dtype, device=self.device).copy_(state["x"])
+        keys = state["keys"].to(self.device).contiguous()
+        noise_module.check_keys(keys, self.shape[0], None, 0)
+        run = Run(
+            self, plan, coef, field, x, keys, None, *self._conditioning(cond, guidance), noise
+        )
+        run.restore(row, state["registers"])
+        return run
+
+    def __call__(
+        self,
+        *,
+        seed: int | None = None,
+        keys: Tensor | None = None,
+        first_sample: int = 0,
+        cond: Mapping[str, Any] | None = None,
+        guidance: float | Tensor | None = None,
+        x_init: Tensor | None = None,
+        noise: NoiseHook | None = None,
+        progress: bool = False,
+        callback: Callback | None = None,
+        return_info: bool = False,
+    ) -> Any:
+        """Samples; the tensor, or (tensor, SampleInfo) with `return_info`."""
+        run = self.start(
+            seed=seed,
+            keys=keys,
+            first_sample=first_sample,
+            cond=cond,
+            guidance=guidance,
+            x_init=x_init,
+            noise=noise,
+        )
+        begin = time.perf_counter()
+        run.advance(progress=progress, callback=callback)
+        x = run.result()
+        seconds = time.perf_counter() - begin
+        if not return_info:
+            return x
+        on_cpu = self.device.type == "cpu"
+        return x, SampleInfo(
+            nfe=run.nfe,
+            seed=run.seed,
+            seconds=seconds,
+            seconds_network=run.seconds_network if on_cpu else math.nan,
+            seconds_sampler=seconds - run.seconds_network if on_cpu else math.nan,
+            backend=self.kernels.name,
+            plan=run.plan,
+        )
+
+    def _initial_state(self, x_init: Tensor | None, plan: Plan) -> Tensor:
+        x = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        if x_init is None:
+            return x
+        if not isinstance(x_init, Tensor) or not x_init.is_floating_point():
+            got = x_init.dtype if isinstance(x_init, Tensor) else type(x_init).__name__
+            raise TypeError(f"x_init: expected a floating tensor, got {got}")
+        if tuple(x_init.shape) != self.shape:
+            raise ValueError(f"x_init: expected shape {self.shape}, got {tuple(x_init.shape)}")
+        return x.copy_(x_init).mul_(plan.start_scale)
+
+    def _conditioning(
+        self, cond: Mapping[str, Any] | None, guidance: float | Tensor | None
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        cond = self.cond if cond is None else cond
+        if cond is not None and not isinstance(cond, Mapping):
+            raise TypeError(
+                f"cond: expected a dict of keyword arguments, got {type(cond).__name__}"
+            )
+        guidance = self.guidance if guidance is None else guidance
+        cond = dict(cond or {})
+        if guidance is None:
+            return cond, None
+        if self.model.null_cond is None:
+            raise ValueError(
+                "guidance: the model has no null_cond (the conditioning that stands for none); "
+                "give it to ScoreModel(..., null_cond={...})"
+            )
+        weight = torch.as_tensor(guidance, dtype=self.dtype, device=self.device)
+        if weight.dim() > 1 or (weight.dim() == 1 and len(weight) != self.shape[0]):
+            raise ValueError(
+                f"guidance: expected a number or [{self.shape[0]}] weights, got shape "
+                f"{tuple(weight.shape)}"
+            )
+        return cond, weight.expand(self.shape[0]).contiguous()
+
+
+def sample(
+    model: object,
+    sde: object,
+    shape: Sequence[int] | None = None,
+    *,
+    method: str = "pc",
+    steps: int | None = None,
+    seed: int | None = None,
+    keys: Tensor | None = None,
+    first_sample: int = 0,
+    num_samples: int = 16,
+    cond: Mapping[str, Any] | None = None,
+    guidance: float | Tensor | None = None,
+    x_init: Tensor | None = None,
+    t_max: float | None = None,
+    t_min: float | None = None,
+    schedule: Any = None,
+    denoise: str | bool | None = None,
+    clip_denoised: float | None = None,
+    noise: NoiseHook | None = None,
+    compat: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    net_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    cuda_graph: bool | str = "auto",
+    progress: bool = False,
+    callback: Callback | None = None,
+    return_info: bool = False,
+    **method_options: Any,
+) -> Any:
+    """Samples from a score model.
+
+    Args:
+        model: a `ScoreModel`, a network of this package, or any callable (x, t) → score, with t
+            float [B] in (0, T].
+        sde: the SDE to sample under (`VESDE`, `VPSDE`, `SubVPSDE`, `EDMSDE`, `NCSNLadder`,
+            `DDPMSchedule`, or score_sde's own objects).
+        shape: of the result, batch included; None: (num_samples, *model.sample_shape).
+        method: "em", "reverse_diffusion", "ancestral", "pc", "ald", "langevin", "ode", "ddim",
+            "edm"; its own options follow as keyword arguments (see `sbm_fast.methods`).
+        steps: steps of the method's main recursion.
+        seed: gives sample b the key of global index first_sample + b, so that the same sample
+            comes out of any batch. None: drawn from torch's default generator.
+        keys: int64 [B], instead of seed and first_sample.
+        cond: keyword arguments for the network.
+        guidance: classifier-free guidance weight w, a number or [B]: F_u + w·(F_c − F_u); 1 is
+            no guidance. Needs the model's null_cond.
+        x_init: the state at t_max in the SDE's own scale, instead of the prior.
+        t_max, t_min, schedule: where the trajectory runs (see `sbm_fast.schedule.time_grid`).
+        denoise: "mean" drops the last noise, "tweedie" spends one more evaluation, False does
+            neither, None is what the method's paper does.
+        clip_denoised: clamps the denoised estimate to ±L.
+        noise: (draw, stream) → tensor of `shape`, used instead of the counter-based noise.
+        compat: "score_sde" reproduces that peer's grid, order, norms and last step.
+        dtype: of the state, torch.float32 or torch.float64.
+        net_dtype: of the network's input; None: that of its parameters, else dtype.
+        device: None: that of the model's parameters, else torch's default.
+        backend: "auto", "cpu" (compiled) or "eager" (plain torch); see `sbm_fast.doctor()`.
+        progress: show a progress bar.
+        callback: called with a `Step` after every row.
+        return_info: return (samples, `SampleInfo`).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came; a network
+            output that is not finite is reported with step, time and sample.
+
+    >>> import sbm_fast
+    >>> x = sbm_fast.sample(lambda x, t: -x, sbm_fast.VPSDE(), (4, 2), steps=50, seed=0)
+    """
+    sampler = Sampler(
+        model,
+        sde,
+        shape,
+        method=method,
+        steps=steps,
+        num_samples=num_samples,
+        t_max=t_max,
+        t_min=t_min,
+        schedule=schedule,
+        denoise=denoise,
+        clip_denoised=clip_denoised,
+        compat=compat,
+        dtype=dtype,
+        net_dtype=net_dtype,
+        device=device,
+        backend=backend,
+        cuda_graph=cuda_graph,
+        **method_options,
+    )
+    return sampler(
+        seed=seed,
+        keys=keys,
+        first_sample=first_sample,
+        cond=cond,
+        guidance=guidance,
+        x_init=x_init,
+        noise=noise,
+        progress=progress,
+        callback=callback,
+        return_info=return_info,
+    )
+
+
+def _full_shape(
+    shape: Sequence[int] | None, num_samples: int, model: ScoreModel
+) -> tuple[int, ...]:
+    if shape is None:
+        if model.sample_shape is None:
+            raise ValueError(
+                "shape: the model does not know the shape of a sample; pass shape=(batch, …)"
+            )
+        shape = (num_samples, *model.sample_shape)
+    try:
+        sizes = tuple(int(s) for s in shape)
+        whole = all(s == t for s, t in zip(sizes, shape, strict=True))
+    except (TypeError, ValueError):
+        raise TypeError(f"shape: expected integers (batch, …), got {shape!r}") from None
+    if not sizes or not whole or min(sizes) < 0:
+        raise ValueError(f"shape: expected (batch, …) with sizes ≥ 0, got {shape!r}")
+    if model.sample_shape is not None and sizes[1:] != tuple(model.sample_shape):
+        raise ValueError(
+            f"shape: the model was made for samples of shape {tuple(model.sample_shape)}, "
+            f"got {sizes[1:]}"
+        )
+    return sizes
+
+
+def _placement(
+    model: ScoreModel,
+    device: torch.device | str | None,
+    net_dtype: torch.dtype | None,
+    dtype: torch.dtype,
+) -> tuple[torch.device, torch.dtype]:
+    """Device of the run and dtype of the network's input."""
+    net = model.net
+    parameters = net.parameters() if isinstance(net, torch.nn.Module) else iter(())
+    first = next((p for p in parameters if p.is_floating_point()), None)
+    if device is None:
+        device = torch.get_default_device() if first is None else first.device
+    if net_dtype is None:
+        net_dtype = dtype if first is None else first.dtype
+    if not net_dtype.is_floating_point:
+        raise TypeError(f"net_dtype: expected a floating dtype, got {net_dtype}")
+    return torch.device(device), net_dtype
+
+
+def _check_cuda_graph(cuda_graph: bool | str, device: torch.device) -> None:
+    if cuda_graph not in ("auto", True, False):
+        raise ValueError(f'cuda_graph: expected "auto", True or False, got {cuda_graph!r}')
+    if cuda_graph is True:
+        raise ValueError(
+            f"cuda_graph: graph capture is not part of this version (device {device}); "
+            'use "auto" or False'
+        )
+
+
+def _warn_about(plan: Plan, net_dtype: torch.dtype, numel: int) -> None:
+    noisy = {"per_sample", "sqrt_d"} & {NORMS[int(n)] for n in set(plan.norm.tolist())}
+    if noisy and numel < 100:
+        warnings.warn(
+            f"norm={sorted(noisy)[0]!r} changes the law in low dimension (about +1.4/d of the "
+            f'standard deviation; here d = {numel}); norm="sigma" is exact',
+            stacklevel=4,
+        )
+    if plan.evaluates.any():
+        loss = float(plan.kappa.max()) * torch.finfo(net_dtype).eps
+        if loss > 1e-2:
+            warnings.warn(
+                f"the plan cancels digits: a {net_dtype} network output leaves a relative error "
+                f"of about {loss:.1g} in the state (κ = {plan.kappa.max():.3g}); use a float32 "
+                "network or a grid that ends earlier",
+                stacklevel=4,
+            )
