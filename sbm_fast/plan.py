@@ -204,7 +204,7 @@ class Plan:
     def _check_registers(self) -> None:
         written: set[int] = set()
         reads = (self.coef[:, :, H0:] != 0).any(axis=1)
-        writes = self.coef[:, 1].any(axis=1)
+        writes = (self.coef[:, 1] != 0).any(axis=1)
         for row in range(self.rows):
             for k in np.flatnonzero(reads[row]):
                 if int(k) not in written:

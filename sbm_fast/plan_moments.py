@@ -142,4 +142,5 @@ def _compressed(factor: Array) -> Array:
     """The same J Jᵀ in fewer columns, by an orthogonal transform, so no digits are lost."""
     if factor.shape[1] <= _MAX_COLUMNS:
         return factor
-    return np.ascontiguousarray(np.linalg.qr(factor.T, mode="r").T)
+    upper: Array = np.linalg.qr(factor.T)[1]
+    return upper.T

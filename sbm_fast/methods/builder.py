@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from sbm_fast.plan import H0, NORMS, SOURCES, D, F, Plan, X, Z
+from sbm_fast.process import count, finite
 
 if TYPE_CHECKING:
     from sbm_fast.model import Match, ScoreModel
@@ -53,7 +54,7 @@ class Lin:
             terms[column] = terms.get(column, 0.0) + value
         return Lin(terms, _same_evaluation(self.evaluation, other.evaluation))
 
-    def __mul__(self, factor: float) -> Lin:
+    def __mul__(self, factor: object) -> Lin:
         if not isinstance(factor, Real):
             return NotImplemented
         scale = float(factor)
@@ -61,12 +62,12 @@ class Lin:
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float) -> Lin:
+    def __truediv__(self, divisor: object) -> Lin:
         if not isinstance(divisor, Real):
             return NotImplemented
-        if divisor == 0:
-            raise ValueError(f"a linear form was divided by zero: {self}")
         scale = float(divisor)
+        if scale == 0:
+            raise ValueError(f"a linear form was divided by zero: {self}")
         return Lin({column: value / scale for column, value in self.terms.items()}, self.evaluation)
 
     def __neg__(self) -> Lin:
@@ -124,7 +125,7 @@ class PlanBuilder:
         t_start: time of the start, default the SDE's t_max.
 
     Raises:
-        ValueError: for a coordinate or clip that does not exist.
+        TypeError, ValueError: naming ``coordinate`` or ``clip_denoised``.
     """
 
     def __init__(
@@ -140,15 +141,11 @@ class PlanBuilder:
     ) -> None:
         if coordinate not in ("x", "x/m"):
             raise ValueError(f"coordinate: expected 'x' or 'x/m', got {coordinate!r}")
-        if clip is not None and not (
-            isinstance(clip, Real) and math.isfinite(float(clip)) and clip > 0
-        ):
-            raise ValueError(f"clip_denoised: expected a positive number or None, got {clip!r}")
         self.model = model
         self.sde = sde
         self.method = method
         self.coordinate = coordinate
-        self.clip = None if clip is None else float(clip)
+        self.clip = None if clip is None else finite("clip_denoised", clip, above=0)
         self.given_start = given_start
         self.t_start = float(sde.t_max if t_start is None else t_start)
         self._rows: list[dict[str, Any]] = []
@@ -159,10 +156,8 @@ class PlanBuilder:
     # ------------------------------------------------------------------ forms
     @staticmethod
     def H(k: int) -> Lin:
-        """Register k as a form."""
-        if not isinstance(k, int) or k < 0:
-            raise ValueError(f"k: a register number is an integer ≥ 0, got {k!r}")
-        return Lin({H0 + k: 1.0})
+        """Register k ≥ 0 as a form."""
+        return Lin({H0 + count("k", k, least=0): 1.0})
 
     z = Lin({Z: 1.0})
     """The row's own noise."""
@@ -315,7 +310,8 @@ class PlanBuilder:
         langevin: tuple[float, float, float] = (0.0, 0.0, 0.0),
     ) -> None:
         slot, written = (-1, Lin()) if write is None else write
-        for form in (x, written):
+        forms: tuple[object, object] = (x, written)
+        for form in forms:
             if not isinstance(form, Lin):
                 raise TypeError(f"row: expected a linear form, got {type(form).__name__}")
             if evaluation is not None:
@@ -349,14 +345,14 @@ class PlanBuilder:
         """The finished plan; ``description`` is kept for printing and saving."""
         if self._current is not None:
             raise ValueError("build: the last evaluation has no row")
-        columns = [c for forms in self._forms for form in forms for c in form.terms]
+        columns = [c for pair in self._forms for form in pair for c in form.terms]
         slots = [int(row["slot"]) for row in self._rows]
         width = max([4, *(c + 1 for c in columns), *(H0 + s + 1 for s in slots)])
         coef = np.zeros((len(self._rows), 2, width))
         for row, forms in enumerate(self._forms):
             for output, form in enumerate(forms):
-                for column, value in form.terms.items():
-                    coef[row, output, column] = value
+                for column, factor in form.terms.items():
+                    coef[row, output, column] = factor
         about: dict[str, str | float | int] = {
             "sde": repr(self.sde),
             "predicts": self.model.predicts,

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from sbm_fast.methods.chain import Step
-from sbm_fast.methods.setup import Setup, count
+from sbm_fast.methods.setup import Setup
+from sbm_fast.process import count
 from sbm_fast.sde import SDE, VESDE, VPSDE, DDPMSchedule, Ladder, NCSNLadder, SubVPSDE
 
 PEER = "score_sde"

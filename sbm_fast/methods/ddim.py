@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from sbm_fast.methods.chain import chain_steps
-from sbm_fast.methods.setup import Setup, number
+from sbm_fast.methods.setup import Setup, not_negative
 
 if TYPE_CHECKING:
     from sbm_fast.methods.setup import Schedule
@@ -37,7 +37,7 @@ def ddim(
     ``denoise``: the last row is D in any case, without noise and without a further evaluation.
     """
     run.check_compat()
-    eta = number("eta", eta, least=0)
+    eta = not_negative("eta", eta)
     if not isinstance(rederive_eps, bool):
         raise TypeError(f"rederive_eps: expected True or False, got {rederive_eps!r}")
     run.denoise_mode("mean", "mean", False)

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sbm_fast.methods.setup import Setup, number
+from sbm_fast.methods.setup import Setup, not_negative
+from sbm_fast.process import finite
 
 if TYPE_CHECKING:
     from sbm_fast.methods.setup import Schedule
@@ -87,10 +88,10 @@ def edm(
     sigmas = _grid(run, steps, schedule, rho, sigma_min, sigma_max)
     n = len(sigmas)
     churn = _Churn(
-        gamma=min(number("S_churn", S_churn, least=0) / n, math.sqrt(2) - 1),
-        s_min=number("S_min", S_min, least=0),
-        s_max=math.inf if S_max == math.inf else number("S_max", S_max, least=0),
-        s_noise=number("S_noise", S_noise, least=0),
+        gamma=min(not_negative("S_churn", S_churn) / n, math.sqrt(2) - 1),
+        s_min=not_negative("S_min", S_min),
+        s_max=math.inf if S_max == math.inf else not_negative("S_max", S_max),
+        s_noise=not_negative("S_noise", S_noise),
         highest=math.inf if run.compat else run.nsr_range()[1],
     )
     b = run.builder(float(run.sde.time_at_nsr(sigmas[0])), coordinate="x/m")
@@ -140,18 +141,23 @@ def _grid(
             raise ValueError(f"{ours}: {ours}={sigma!r} and {theirs}={t!r} say the same, give one")
     low, high = run.nsr_range()
     if run.t_min is None:
-        low = max(low, number("sigma_min", SIGMA_MIN if sigma_min is None else sigma_min, above=0))
+        low = max(low, finite("sigma_min", SIGMA_MIN if sigma_min is None else sigma_min, above=0))
     if run.t_max is None:
         high = min(
-            high, number("sigma_max", SIGMA_MAX if sigma_max is None else sigma_max, above=0)
+            high, finite("sigma_max", SIGMA_MAX if sigma_max is None else sigma_max, above=0)
         )
     if not low < high:
         raise ValueError(f"sigma_min, sigma_max: expected sigma_min < sigma_max, got {low}, {high}")
     t_min = float(run.sde.time_at_nsr(low)) if run.t_min is None else run.t_min
     t_max = float(run.sde.time_at_nsr(high)) if run.t_max is None else run.t_max
-    kind = schedule is None or (isinstance(schedule, str) and schedule == "karras")
-    options = {"rho": number("rho", rho, above=0)} if kind else {}
+    karras = schedule is None or (isinstance(schedule, str) and schedule == "karras")
     times = run.times(
-        steps, schedule, default=18, kind="karras", t_min=t_min, t_max=t_max, **options
+        steps,
+        schedule,
+        default=18,
+        kind="karras",
+        t_min=t_min,
+        t_max=t_max,
+        rho=finite("rho", rho, above=0) if karras else None,
     )
     return [float(sigma) for sigma in run.sde.nsr(times)]

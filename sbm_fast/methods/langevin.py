@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sbm_fast.methods.setup import Setup, count, number
+from sbm_fast.methods.setup import Setup, not_negative
+from sbm_fast.process import count, finite
 
 if TYPE_CHECKING:
     from sbm_fast.methods.builder import Evaluation, Lin
@@ -64,7 +65,7 @@ def ald(
         raise ValueError(f"t_min: the smallest level has no noise, got nsr = {nsr[-1]}")
     if step_size is None:
         step_size = RELATIVE_STEP * float(nsr[-1]) ** 2
-    step_size = number("step_size", step_size, above=0)
+    step_size = finite("step_size", step_size, above=0)
     b = run.builder(float(times[0]), coordinate="x/m")
     b.start()
     for t, sigma in zip(times.tolist(), nsr.tolist(), strict=True):
@@ -106,13 +107,13 @@ def langevin(
         raise ValueError(f"t_min: langevin runs at t, got both t={t!r} and t_min={run.t_min!r}")
     if t is None:
         t = run.sde.t_min if run.t_min is None else run.t_min
-    t = number("t", t, least=0)
+    t = not_negative("t", t)
     steps = count("steps", 1000 if steps is None else steps)
     denoise = run.denoise_mode(False, "mean", "tweedie", False)
     sigma = float(run.sde.std(t))
     delta = 2 * RELATIVE_STEP * sigma**2 if step_size is None else step_size
-    delta = number("step_size", delta, above=0)
-    std = number("start_std", run.sde.prior_std if start_std is None else start_std, above=0)
+    delta = finite("step_size", delta, above=0)
+    std = finite("start_std", run.sde.prior_std if start_std is None else start_std, above=0)
     b = run.builder(t)
     b.start(std)
     for i in range(steps):

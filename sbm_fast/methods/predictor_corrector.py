@@ -19,7 +19,8 @@ from sbm_fast.methods.builder import Evaluation, Lin, PlanBuilder
 from sbm_fast.methods.chain import Step, chain_steps
 from sbm_fast.methods.compat import PEER, score_sde_steps
 from sbm_fast.methods.euler_maruyama import euler_maruyama_steps, euler_maruyama_update
-from sbm_fast.methods.setup import Denoise, Setup, choice, count, number
+from sbm_fast.methods.setup import Denoise, Setup, choice
+from sbm_fast.process import count, finite
 from sbm_fast.sde import VPSDE, DDPMSchedule, SubVPSDE
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def pc_plan(
     norm = _norm(run, corrector, norm)
     variance = _variance(run, predictor, variance)
     corrector_steps = count("corrector_steps", corrector_steps)
-    snr = number("snr", snr, above=0)
+    snr = finite("snr", snr, above=0)
     denoise = _denoise(run, predictor, norm)
 
     stepper, path = _steps(run, predictor, corrector, steps, schedule)

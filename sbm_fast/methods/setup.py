@@ -6,12 +6,12 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sbm_fast.methods.builder import PlanBuilder
+from sbm_fast.process import count, finite
 from sbm_fast.schedule import time_grid
 from sbm_fast.sde import EDMSDE, SDE, Ladder
 
@@ -61,14 +61,14 @@ class Setup:
         kind: str | None = None,
         t_max: float | None = None,
         t_min: float | None = None,
-        **options: float,
+        rho: float | None = None,
     ) -> NDArray[np.float64]:
         """Evaluation times from t_max to t_min: ``steps`` of them, one more where ``ends``.
 
         ``ends`` is for methods that integrate up to t_min, so that the last time is an end point.
         On a ladder the default is every level; the default kind is "uniform", "karras" under the
-        EDM SDE, where uniform times would spend all steps at high noise. ``options`` are the
-        grid's own (ρ).
+        EDM SDE, where uniform times would spend all steps at high noise. ``rho`` is the
+        Karras grid's ρ.
         """
         extra = int(ends)
         if schedule is not None and not isinstance(schedule, str):
@@ -91,6 +91,7 @@ class Setup:
             schedule = kind or ("karras" if isinstance(self.sde, EDMSDE) else "uniform")
         t_max = self.t_max if t_max is None else t_max
         t_min = self.t_min if t_min is None else t_min
+        options = {} if rho is None else {"rho": rho}
         return time_grid(self.sde, points, schedule, t_max=t_max, t_min=t_min, **options)
 
     @property
@@ -153,27 +154,9 @@ def choice(argument: str, value: object, known: Sequence[str]) -> str:
     raise ValueError(f"{argument}: unknown value {value!r}; {nearest(str(value), known)}")
 
 
-def count(argument: str, value: object) -> int:
-    """``value`` as an integer ≥ 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{argument}: expected an integer ≥ 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{argument}: expected an integer ≥ 1, got {value!r}")
-    return int(value)
-
-
-def number(
-    argument: str, value: object, *, above: float | None = None, least: float | None = None
-) -> float:
-    """``value`` as a finite float, above or at least a bound where one is given."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{argument}: expected a number, got {value!r}")
-    out = float(value)
-    bound = f" > {above}" if above is not None else f" ≥ {least}" if least is not None else ""
-    if (
-        not math.isfinite(out)
-        or (above is not None and out <= above)
-        or (least is not None and out < least)
-    ):
-        raise ValueError(f"{argument}: expected a finite number{bound}, got {value!r}")
-    return out
+def not_negative(argument: str, value: object) -> float:
+    """``value`` as a finite float ≥ 0."""
+    number = finite(argument, value)
+    if number < 0:
+        raise ValueError(f"{argument}: expected a finite number ≥ 0, got {value!r}")
+    return number
