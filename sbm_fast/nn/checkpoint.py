@@ -163,19 +163,41 @@ def _read(
 
 
 def _build(cls: type[UNet], kwargs: dict[str, Any], weights: dict[str, Tensor]) -> UNet:
-    # A few bytes of configuration can ask for terabytes: compare with the weights that are really
-    # there before anything is allocated. The generator is left as it was.
-    levels, blocks = kwargs.get("channel_mult", ()), kwargs.get("blocks_per_level", 1)
-    middle = kwargs.get("middle_blocks", 1)
-    if isinstance(blocks, int) and isinstance(middle, int) and isinstance(levels, list):
-        least = len(levels) * blocks + middle
-        if least > len(weights):
-            raise ValueError(f"{least} blocks, but the file holds {len(weights)} tensors")
+    _bound(kwargs, weights)
+    # Its initial weights are drawn and thrown away; the generator is left as it was.
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
-            expected = {key: value.shape for key, value in cls(**kwargs).state_dict().items()}
-        _compare(expected, weights)
-        return cls(**kwargs)
+        model = cls(**kwargs)
+    _compare({key: value.shape for key, value in model.state_dict().items()}, weights)
+    return model
+
+
+def _bound(kwargs: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Refuse a configuration that asks for far more than the file holds, before it is allocated.
+
+    A few bytes of JSON can ask for terabytes. Building on the meta device would show the shapes as
+    well, but its first use imports for seconds.
+    """
+    config = {key: kwargs[key] for key in ("channel_mult", "blocks_per_level", "middle_blocks")}
+    sizes = ("in_channels", "out_channels", "channels", "embedding_width")
+    config |= {key: kwargs[key] for key in sizes}
+    numbers = [*config.pop("channel_mult"), *config.values()]
+    if not all(type(number) is int and number > 0 for number in numbers):
+        return  # the constructor names what is wrong
+    levels = kwargs["channel_mult"]
+    blocks = len(levels) * config["blocks_per_level"] + config["middle_blocks"]
+    if blocks > len(weights):
+        raise ValueError(f"{blocks} blocks, but the file holds {len(weights)} tensors")
+    widest = config["channels"] * max(levels)
+    least = {
+        f"convolutions of {widest} channels": 9 * widest**2,
+        f"in_channels {config['in_channels']}": 9 * config["in_channels"],
+        f"out_channels {config['out_channels']}": 9 * config["out_channels"],
+        f"embedding_width {config['embedding_width']}": config["embedding_width"] ** 2,
+    }
+    largest = max((tensor.numel() for tensor in weights.values()), default=0)
+    for what, size in least.items():
+        if size > largest:
+            raise ValueError(f"{what}, but the largest tensor of the file has {largest} elements")
 
 
 def _compare(expected: dict[str, torch.Size], weights: dict[str, Tensor]) -> None:

@@ -30,9 +30,9 @@ TIMES = ("t", "999t", "index", "sigma", "log_sigma", "edm")
 class UNet(nn.Module):
     """U-Net F(x, label): x [B, in_channels, H, W], label [B] -> [B, out_channels, H, W].
 
-    A level is ``blocks_per_level`` residual blocks of ``channels * channel_mult[level]`` channels at
-    half the size of the level before. The decoder mirrors the encoder and takes the output of each
-    encoder block by concatenation (Ronneberger et al. 2015; Ho et al. 2020, sec. B). The last
+    A level is ``blocks_per_level`` residual blocks of ``channels * channel_mult[level]`` channels,
+    at half the size of the level before. The decoder mirrors the encoder and takes the output of
+    each encoder block by concatenation (Ronneberger et al. 2015; Ho et al. 2020, sec. B). The last
     convolution starts at zero: a new network returns 0.
 
     The module carries ``predicts``, ``time``, ``sde``, ``sample_shape`` and ``sigma_data``, which
@@ -142,8 +142,9 @@ class UNet(nn.Module):
                 return nn.Identity()
             return SelfAttention(widths[level], c["heads"], group_size=size)
 
+        even = max(4, width + width % 2)
         features = PositionalEmbedding if c["embedding"] == "positional" else FourierEmbedding
-        self.embed = TimeEmbedding(features(width + width % 2, c["embedding_scale"]), width, emb)
+        self.embed = TimeEmbedding(features(even, c["embedding_scale"]), even, emb)
         self.first = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         now = widths[0]
