@@ -132,7 +132,7 @@ class NCSNLadder(Ladder):
 
     @classmethod
     def geometric(cls, sigma_max: float, sigma_min: float, levels: int) -> NCSNLadder:
-        """N levels with a constant ratio σ_{i+1}/σ_i (Song & Ermon 2019, sec. 3.2).
+        """N levels with a constant ratio σ_{i+1}/σ_i (Song & Ermon 2019, sec. 4.1).
 
         NCSNv2 (technique 1) takes for sigma_max the largest distance between two samples of the
         data, see `largest_pairwise_distance`.

@@ -204,7 +204,7 @@ def as_score_model(model: object, sde: object) -> ScoreModel:
     if not callable(model) or isinstance(model, type):
         raise TypeError(
             "model: expected a ScoreModel, a network that knows what it predicts, or a callable "
-            f"(x, t) -> score, got {model!r}"
+            f"(x, t) -> score, got {repr(model)[:80]}"
         )
     if not hasattr(model, "predicts"):
         return ScoreModel(model, predicts="score", time="t", sde=as_sde(sde))
@@ -219,13 +219,13 @@ def _checked_t(run: SDE, t: object) -> float:
     if not 0 <= time <= run.t_max * (1 + TOLERANCE):
         raise ValueError(
             f"t: {type(run).__name__} runs over [0, {run.t_max:g}] "
-            f"(σ/m in [{run.nsr(0.0):.6g}, {run.nsr(run.t_max):.6g}]), got t = {time:g}"
+            f"(σ/m in [{run.nsr_range[0]:.6g}, {run.nsr_range[1]:.6g}]), got t = {time:g}"
         )
     return time
 
 
 def _time_in(own: SDE, t: float, nsr: float) -> float:
-    low, high = float(own.nsr(0.0)), float(own.nsr(own.t_max))
+    low, high = own.nsr_range
     if not low * (1 - TOLERANCE) <= nsr <= high * (1 + TOLERANCE):
         raise ValueError(
             f"t: t = {t:g} has σ/m = {nsr:.6g}, outside the range [{low:.6g}, {high:.6g}] that the "
@@ -235,7 +235,7 @@ def _time_in(own: SDE, t: float, nsr: float) -> float:
 
 
 def _checked_time(time: TimeLabel) -> TimeLabel:
-    if not callable(time) and time not in TIMES:
+    if not callable(time) and not (isinstance(time, str) and time in TIMES):
         known = ", ".join(map(repr, TIMES))
         raise ValueError(f"time: expected one of {known} or a function of t, got {time!r}")
     return time

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from numbers import Real
 from typing import TYPE_CHECKING, Any, overload
 
@@ -113,8 +114,10 @@ class SDE(ABC):
             TypeError: r is not a real number or an array of them.
             ValueError: r lies outside [nsr(0), nsr(t_max)] by more than 1e-9 of its value.
         """
+        low, high = self.nsr_range
+        if type(r) is float and low <= r <= high:
+            return min(self._time_at_nsr(np.float64(r)), np.float64(self.t_max))
         values = real_array("r", r)
-        low, high = self.nsr(0.0), self.nsr(self.t_max)
         outside = ~((values >= low * (1 - TOLERANCE)) & (values <= high * (1 + TOLERANCE)))
         if outside.any():
             raise ValueError(
@@ -123,13 +126,22 @@ class SDE(ABC):
             )
         return np.minimum(self._time_at_nsr(np.clip(values, low, high)), self.t_max)[()]
 
+    @cached_property
+    def nsr_range(self) -> tuple[float, float]:
+        """(nsr(0), nsr(t_max)), the noise-to-signal ratios that the process passes through."""
+        return float(self.nsr(0.0)), float(self.nsr(self.t_max))
+
     @property
     def _t_limit(self) -> float:
         return self.t_max
 
     def _at(self, function: Callable[[Array], Array], t: object) -> Any:
+        limit = self._t_limit * (1 + TOLERANCE)
+        if type(t) is float and 0 <= t <= limit:
+            # One time in range: ten times faster, and training matches every sample on its own.
+            return function(np.float64(t))
         times = real_array("t", t)
-        outside = ~((times >= 0) & (times <= self._t_limit * (1 + TOLERANCE)))
+        outside = ~((times >= 0) & (times <= limit))
         if outside.any():
             raise ValueError(
                 f"t: {type(self).__name__} has times in [0, {self._t_limit:g}], "
@@ -151,7 +163,10 @@ def real_array(name: str, value: object) -> Array:
 
 def finite(name: str, value: object, *, above: float | None = None) -> float:
     """``value`` as a finite float, greater than ``above`` where that is given."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+    # The plain float goes first: the abstract Real is slow, and a training step asks hundreds.
+    if type(value) is not float and (
+        isinstance(value, (bool, np.bool_)) or not isinstance(value, Real)
+    ):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     number = float(value)
     if not math.isfinite(number) or (above is not None and number <= above):

@@ -32,7 +32,7 @@ def time_grid(
 
     - "uniform": t = t_max + u (t_min − t_max) (Song et al. 2021);
     - "karras": r^(1/ρ) is linear, option ``rho`` = 7 (Karras et al. 2022, eq. 5);
-    - "log_snr": ln r is linear (Lu et al. 2022, DPM-Solver, sec. 3.4);
+    - "log_snr": ln r is linear (Lu et al. 2022, DPM-Solver);
     - "quadratic": √t is linear (Song et al. 2020, DDIM, app. D.2);
     - "trailing": t = t_max (1 − k/steps), the clean time 0 being the step after the last one; on a
       ladder the levels t_min + round(n − k n/steps) − 1, n the levels from t_min to t_max (Lin et
@@ -121,9 +121,9 @@ def _on_ladder(sde: Ladder, n: int, kind: str, high: float, low: float, rho: flo
         return np.array([high])
     k = np.arange(n)
     if kind == "trailing":
-        wanted = low + np.floor(levels * (n - k) / n + 0.5) - 1
+        wanted = low + np.rint(levels * (n - k) / n) - 1
     else:
-        wanted = np.floor(_continuous(sde, n, kind, high, low, rho) + 0.5)
+        wanted = np.rint(_continuous(sde, n, kind, high, low, rho))
     # Strictly decreasing, then with room for those behind: the bound falls by one a step as well.
     falling = np.minimum.accumulate(wanted + k) - k
     return np.maximum(falling, low + n - 1 - k)

@@ -26,12 +26,13 @@ _LARGEST_EXPONENT = 700.0
 
 @dataclass(frozen=True)
 class VESDE(SDE):
-    """Variance exploding (Song et al. 2021, eq. 9 and 30), t in [0, 1].
+    """Variance exploding (Song et al. 2021, eq. 9 and app. C), t in [0, 1].
 
         f = 0,   g = σ(t) √(2 ln(σ_max/σ_min)),   m = 1,   σ(t) = σ_min (σ_max/σ_min)^t
 
     σ(t)² is the variance given clean data, with σ_min as the level of t = 0. What the SDE itself
-    adds from time 0 on has the variance σ(t)² − σ_min² (eq. 30's approximation leaves that out).
+    adds from time 0 on has the variance σ(t)² − σ_min² (their eq. 29; their app. C and their code
+    leave the σ_min² out, and so does this).
 
     Args:
         sigma_min, sigma_max: standard deviation of the noise at t = 0 and t = 1, in units of the
@@ -115,7 +116,7 @@ class _VariancePreserving(SDE):
 
 @dataclass(frozen=True)
 class VPSDE(_VariancePreserving):
-    """Variance preserving (Song et al. 2021, eq. 11 and 33), t in [0, 1].
+    """Variance preserving (Song et al. 2021, eq. 11 and 29), t in [0, 1].
 
         β = β_min + t (β_max − β_min),   B = ∫₀ᵗ β = β_min t + ½ t² (β_max − β_min)
         f = −β/2,   g = √β,   m = e^(−B/2),   σ = √(1 − e^(−B)),   nsr = √(e^B − 1)
@@ -146,7 +147,7 @@ class VPSDE(_VariancePreserving):
 
 @dataclass(frozen=True)
 class SubVPSDE(_VariancePreserving):
-    """Sub-variance preserving (Song et al. 2021, eq. 12 and 36), t in [0, 1].
+    """Sub-variance preserving (Song et al. 2021, eq. 12 and 29), t in [0, 1].
 
         f = −β/2,   g = √(β (1 − e^(−2B))),   m = e^(−B/2),   σ = 1 − e^(−B),   nsr = 2 sinh(B/2)
 
@@ -255,7 +256,7 @@ def as_sde(sde: object) -> SDE:
         return build(float(getattr(sde, low)), float(getattr(sde, high)))
     raise TypeError(
         "sde: expected one of VESDE, VPSDE, SubVPSDE, EDMSDE, NCSNLadder, DDPMSchedule or an SDE "
-        f"of score_sde, got {f'the class {sde.__name__}' if isinstance(sde, type) else repr(sde)}"
+        f"of score_sde, got {f'the class {sde.__name__}' if isinstance(sde, type) else repr(sde)[:80]}"
     )
 
 
