@@ -50,6 +50,10 @@ def load() -> bool:
     global COMPILED, REASON, host, _loaded
     if not _loaded:
         _loaded = True
+        tree = _source_tree()
+        if tree and __package__:
+            # In a checkout `sbm_fast.kernels` lies beside the package, not in it.
+            sys.modules[__package__].__path__.append(str(tree))
         try:
             host = _load_first_usable()
             COMPILED, REASON = True, ""
