@@ -10,12 +10,14 @@ namespace sbm {
 inline const char* cpu_level() {
 #if SBM_X86
   const char* asked = getenv("SBM_FAST_CPU");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool any = !asked || !*asked;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw");
-  if (avx512 && (!asked || !strcmp(asked, "avx512"))) return "avx512";
-  if (avx2 && (!asked || strcmp(asked, "portable"))) return "avx2";
+  if (avx512 && (any || !strcmp(asked, "avx512"))) return "avx512";
+  if (avx2 && (any || !strcmp(asked, "avx512") || !strcmp(asked, "avx2"))) return "avx2";
 #endif
   return "portable";
 }
