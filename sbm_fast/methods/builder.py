@@ -152,6 +152,7 @@ class PlanBuilder:
         self._forms: list[tuple[Lin, Lin]] = []
         self._current: Evaluation | None = None
         self._evaluations = 0
+        self._matches: dict[float, Match] = {}
 
     # ------------------------------------------------------------------ forms
     @staticmethod
@@ -178,7 +179,10 @@ class PlanBuilder:
         if self._current is not None:
             raise ValueError("evaluate: one row is one evaluation; write the row before the next")
         t = float(t)
-        match = self.model.match(self.sde, t, coordinate=self.coordinate)
+        match = self._matches.get(t)
+        if match is None:
+            match = self.model.match(self.sde, t, coordinate=self.coordinate)
+            self._matches[t] = match
         n = self._evaluations
         x, out = Lin({X: 1.0}, n), Lin({F: 1.0}, n)
         raw = {

@@ -21,15 +21,20 @@ from sbm_fast.sde import SDE, VESDE, VPSDE, DDPMSchedule, Ladder, NCSNLadder, Su
 PEER = "score_sde"
 
 
-def score_sde_steps(run: Setup, steps: int | None, schedule: object) -> list[Step]:
+def score_sde_steps(
+    run: Setup, steps: int | None, schedule: object, *, tables: bool = True
+) -> list[Step]:
     """The N steps of score_sde's ``get_pc_sampler``, descending.
+
+    ``tables`` says that the method reads the discrete tables; Euler–Maruyama alone does not.
 
     A ladder keeps its own N and tables; its network is evaluated at the integer index.
     ``t_min`` stands for score_sde's argument ``eps``.
 
     Raises:
-        ValueError: for an SDE that score_sde does not have, for a schedule or t_max of one's own
-            and for another number of steps than the ladder's.
+        ValueError: for an SDE that score_sde does not have, for a schedule or t_max of one's own,
+            for another number of steps than the ladder's, and for so few steps that the table of
+            β_i = β(t)/N leaves (0, 1) (score_sde gives NaN there).
     """
     if schedule is not None:
         raise ValueError(f"schedule: compat={PEER!r} has its own grid, got {schedule!r}")
@@ -57,6 +62,11 @@ def score_sde_steps(run: Setup, steps: int | None, schedule: object) -> list[Ste
         sigmas = _sigmas(sde, n)
         return [_ve_step(t, i, sigmas, n) for t, i in zip(at, index, strict=True)]
     betas = _betas(sde, n)
+    if tables and not betas.max() < 1:
+        raise ValueError(
+            f"steps: the table of compat={PEER!r} needs more than beta_max = {betas.max() * n:g} "
+            f"steps, got {n}"
+        )
     return [_vp_step(t, float(betas[i]), n) for t, i in zip(at, index, strict=True)]
 
 
@@ -68,7 +78,9 @@ def _ve_step(t: float, i: int, sigmas: np.ndarray, n: int) -> Step:
 
 
 def _vp_step(t: float, beta: float, n: int) -> Step:
-    return Step(t, math.sqrt(1.0 - beta), beta, math.nan, 1.0 - beta, dt=-1.0 / n)
+    alpha = 1.0 - beta
+    k = math.sqrt(alpha) if alpha > 0 else math.nan
+    return Step(t, k, beta, math.nan, alpha, dt=-1.0 / n)
 
 
 def _sigmas(sde: SDE, n: int) -> np.ndarray:

@@ -23,11 +23,13 @@ def euler_maruyama_update(sde: SDE, e: Evaluation, dt: float, *, noise: bool = T
     return x + g * math.sqrt(abs(dt)) * e.z if noise else x
 
 
-def euler_maruyama_steps(run: Setup, steps: int | None, schedule: Schedule | None) -> list[Step]:
+def euler_maruyama_steps(
+    run: Setup, steps: int | None, schedule: Schedule | None, *, corrected: bool = False
+) -> list[Step]:
     """N steps from t_max to t_min, or score_sde's; ValueError on a ladder."""
     run.continuous()
     if run.compat:
-        return score_sde_steps(run, steps, schedule)
+        return score_sde_steps(run, steps, schedule, tables=corrected)
     times = run.times(steps, schedule, default=1000, ends=True)
     return chain_steps(times, run.builder(float(times[0])).level, ends=True)
 

@@ -198,7 +198,8 @@ def _steps(
 ) -> tuple[str, list[Step]]:
     """The steps, and the predictor that takes them (score_sde's for sub-VP is Euler–Maruyama)."""
     if predictor == "em":
-        return predictor, euler_maruyama_steps(run, steps, schedule)
+        corrected = corrector != "none"
+        return predictor, euler_maruyama_steps(run, steps, schedule, corrected=corrected)
     if run.compat is None:
         times = run.times(steps, schedule, default=1000)
         return predictor, chain_steps(times, run.builder(float(times[0])).level, ends=False)
@@ -207,7 +208,7 @@ def _steps(
             raise ValueError(f"predictor: {PEER!r} has no ancestral sampling for the sub-VP SDE")
         if corrector != "none":
             raise ValueError(f"corrector: {PEER!r} has no corrector for the sub-VP SDE")
-        predictor = "em"
+        return "em", euler_maruyama_steps(run, steps, schedule)
     return predictor, score_sde_steps(run, steps, schedule)
 
 

@@ -206,5 +206,5 @@ def test_langevin_errors() -> None:
 def test_times_outside_the_networks_range() -> None:
     b = builder()
     b.start()
-    with pytest.raises(ValueError, match="nsr"):
+    with pytest.raises(ValueError, match="t: VPSDE runs over"):
         b.evaluate(1.5)

@@ -214,7 +214,7 @@ def test_edm_churn_stays_in_the_networks_range_unless_compat() -> None:
     plan = plan_of("edm", "edm", steps=5, S_churn=4.0)
     assert plan.marginal[:, 1].max() == 80.0
     assert plan.rows == plan.nfe + 1
-    with pytest.raises(ValueError, match="range"):
+    with pytest.raises(ValueError, match="noise-to-signal ratios"):
         plan_of("edm", "edm", steps=5, S_churn=4.0, compat="edm")
     inner = {"steps": 5, "S_churn": 4.0, "S_max": 50.0}
     assert plan_of("edm", **inner).difference(plan_of("edm", compat="edm", **inner)) == ""
@@ -303,7 +303,7 @@ def test_models_and_sdes_that_are_refused() -> None:
         make_plan("em", lambda x, t: x, "vp")
     with pytest.raises(TypeError, match="model"):
         make_plan("em", 3, VPSDE())
-    with pytest.raises(ValueError, match="nsr"):
+    with pytest.raises(ValueError, match="that the network was trained in"):
         make_plan("em", score_model(WORLDS["ve"]), VPSDE(), steps=5)
 
 
@@ -316,6 +316,7 @@ def test_a_bare_callable_is_a_score() -> None:
 # ---------------------------------------------------------------------- the comparison can fail
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_a_changed_coefficient_is_seen(name: str) -> None:
+    """1e-6 in one coefficient shows above the 1e-11 that the comparisons with the papers allow."""
     from dataclasses import replace
 
     world = WORLDS[name]
@@ -328,7 +329,7 @@ def test_a_changed_coefficient_is_seen(name: str) -> None:
         coef = np.array(plan.coef)
         coef[tuple(at)] *= 1 + 1e-6
         wrong = interpret(replace(plan, coef=coef), network, noise.again()).states[-1]
-        assert np.abs(wrong - right).max() > 1e-9, tuple(at)
+        assert np.abs(wrong - right).max() > 1e-11, tuple(at)
 
 
 def test_a_changed_norm_or_an_open_register_gate_is_seen() -> None:
