@@ -78,6 +78,18 @@ class SelfAttention(nn.Module):
         return x + self.out(h.transpose(-1, -2).reshape(batch, channels, height, width))
 
 
+class Stage(nn.Module):
+    """A residual block, followed by self-attention where there is one."""
+
+    def __init__(self, block: ResidualBlock, attention: SelfAttention | None = None) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = nn.Identity() if attention is None else attention
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.attention(self.block(x, emb))
+
+
 class Downsample(nn.Module):
     """Halve both sides: [B, C, H, W] -> [B, C, H/2, W/2].
 

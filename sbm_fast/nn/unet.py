@@ -14,6 +14,7 @@ from sbm_fast.nn.blocks import (
     Downsample,
     ResidualBlock,
     SelfAttention,
+    Stage,
     Upsample,
     group_norm,
     zero,
@@ -125,60 +126,48 @@ class UNet(nn.Module):
         self._build()
         # oneDNN and cuDNN run these convolutions up to three times as fast on NHWC; the weights'
         # layout decides, so x may come in either.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _build(self) -> None:
         c = self.config
         width, emb = c["channels"], c["embedding_width"]
         widths = [width * mult for mult in c["channel_mult"]]
-        size = c["group_size"]
 
-        def block(inputs: int, outputs: int) -> ResidualBlock:
-            options = {"group_size": size, "film": c["film"], "dropout": c["dropout"]}
-            return ResidualBlock(inputs, outputs, emb, **options)
-
-        def attention(level: int) -> nn.Module:
-            if level not in c["attention_levels"]:
-                return nn.Identity()
-            return SelfAttention(widths[level], c["heads"], group_size=size)
+        def stage(inputs: int, level: int, *, attend: bool = True) -> Stage:
+            block = ResidualBlock(
+                inputs,
+                widths[level],
+                emb,
+                group_size=c["group_size"],
+                film=c["film"],
+                dropout=c["dropout"],
+            )
+            if not attend or level not in c["attention_levels"]:
+                return Stage(block)
+            attention = SelfAttention(widths[level], c["heads"], group_size=c["group_size"])
+            return Stage(block, attention)
 
         even = max(4, width + width % 2)
         features = PositionalEmbedding if c["embedding"] == "positional" else FourierEmbedding
         self.embed = TimeEmbedding(features(even, c["embedding_scale"]), even, emb)
         self.first = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        now = widths[0]
-        for level, w in enumerate(widths):
-            blocks = nn.ModuleList()
+        self.encoder, self.middle, self.decoder = (nn.ModuleList() for _ in range(3))
+        now, deepest = widths[0], len(widths) - 1
+        for level, outputs in enumerate(widths):
             for _ in range(c["blocks_per_level"]):
-                blocks.append(nn.ModuleList((block(now, w), attention(level))))
-                now = w
-            last = level == len(widths) - 1
-            self.down.append(
-                nn.ModuleDict(
-                    {
-                        "blocks": blocks,
-                        "resample": nn.Identity()
-                        if last
-                        else Downsample(w, conv=c["resample_conv"]),
-                    }
-                )
-            )
-        deepest = len(widths) - 1
-        self.middle = nn.ModuleList(
-            nn.ModuleList((block(now, now), attention(deepest) if i else nn.Identity()))
-            for i in reversed(range(c["middle_blocks"]))
-        )
+                self.encoder.append(stage(now, level))
+                now = outputs
+            if level < deepest:
+                self.encoder.append(Downsample(now, conv=c["resample_conv"]))
+        for i in range(c["middle_blocks"]):
+            self.middle.append(stage(now, deepest, attend=i + 1 < c["middle_blocks"]))
         for level in reversed(range(len(widths))):
-            blocks = nn.ModuleList()
             for _ in range(c["blocks_per_level"]):
-                blocks.append(
-                    nn.ModuleList((block(now + widths[level], widths[level]), attention(level)))
-                )
+                self.decoder.append(stage(now + widths[level], level))
                 now = widths[level]
-            resample = Upsample(now, conv=c["resample_conv"]) if level else nn.Identity()
-            self.up.append(nn.ModuleDict({"blocks": blocks, "resample": resample}))
-        self.norm = group_norm(now, size)
+            if level > 0:
+                self.decoder.append(Upsample(now, conv=c["resample_conv"]))
+        self.norm = group_norm(now, c["group_size"])
         self.last = zero(nn.Conv2d(now, c["out_channels"], 3, padding=1))
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
@@ -191,21 +180,24 @@ class UNet(nn.Module):
         emb = self.embed(label)
         h = self.first(x)
         skips = []
-        for level in self.down:
-            for block, attention in level["blocks"]:
-                h = attention(block(h, emb))
+        for module in self.encoder:
+            if isinstance(module, Stage):
+                h = module(h, emb)
                 skips.append(h)
-            h = level["resample"](h)
-        for block, attention in self.middle:
-            h = attention(block(h, emb))
-        for level in self.up:
-            for block, attention in level["blocks"]:
-                h = attention(block(torch.cat((h, skips.pop()), dim=1), emb))
-            h = level["resample"](h)
+            else:
+                h = module(h)
+        for module in self.middle:
+            h = module(h, emb)
+        for module in self.decoder:
+            if isinstance(module, Stage):
+                h = module(torch.cat((h, skips.pop()), dim=1), emb)
+            else:
+                h = module(h)
         return self.last(nn.functional.silu(self.norm(h)))
 
     def _check(self, x: Tensor, label: Tensor) -> None:
-        channels, factor = self.config["in_channels"], 2 ** (len(self.down) - 1)
+        channels = self.config["in_channels"]
+        factor = 2 ** (len(self.config["channel_mult"]) - 1)
         if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
             raise ValueError(
                 f"x must be [B, {channels}, H, W] with H and W divisible by {factor}, "

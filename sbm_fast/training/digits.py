@@ -18,6 +18,9 @@ STEPS = 5000
 SIGMA_DATA = 0.7524
 
 
+SDE = VPSDE()
+
+
 def digits_unet() -> UNet:
     """The untrained network: 8x8 and 4x4 levels, "edm" prediction, trained under the VP SDE.
 
@@ -32,7 +35,7 @@ def digits_unet() -> UNet:
         embedding_width=64,
         predicts="edm",
         time="edm",
-        sde=VPSDE(),
+        sde=SDE,
         sample_shape=(1, 8, 8),
         sigma_data=SIGMA_DATA,
     )
@@ -63,7 +66,7 @@ def train_digits(
         model = digits_unet()
     result = train(
         model,
-        model.sde,
+        SDE,
         data.train,
         steps=steps,
         held_out=data.held_out,

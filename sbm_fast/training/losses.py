@@ -121,8 +121,10 @@ def _times(
     high = sde.t_max if t_max is None else t_max
     if not 0 <= low < high:
         raise ValueError(f"t_min and t_max must be 0 <= t_min < t_max, got {low} and {high}")
-    u = noise.uniform(None, (len(keys),), draw=step, stream=noise.TRAINING_TIME, keys=keys.cpu())
-    u = u.double().numpy()
+    draws = noise.uniform(
+        None, (len(keys),), draw=step, stream=noise.TRAINING_TIME, keys=keys.cpu()
+    )
+    u: np.ndarray = draws.double().numpy()
     if isinstance(sde, Ladder):
         return low + np.ceil(u * (high - low + 1)) - 1
     return low + (high - low) * u

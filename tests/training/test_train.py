@@ -53,7 +53,7 @@ def test_digits_without_sklearn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_twenty_steps_lower_the_loss() -> None:
-    data, model = digits().train[:256], tiny()
+    data, model = digits().train[:64], tiny()
     before = held_out_loss(model, VPSDE(), data, repeats=2)
     options: dict[str, Any] = {"batch_size": 32, "lr_warmup": 2, "ema_decay": 0.5}
     result = train(model, VPSDE(), data, steps=20, held_out=data, progress=False, **options)
