@@ -87,30 +87,31 @@ def _continuous(sde: SDE, n: int, kind: str, high: float, low: float, rho: float
                 f"below t_min = {low:g}"
             )
         return grid
-    u = np.linspace(0.0, 1.0, n)
     if kind == "uniform":
-        grid = _line(high, low, u)
+        grid = _line(high, low, n)
     elif kind == "quadratic":
-        grid = _line(math.sqrt(high), math.sqrt(low), u) ** 2
+        grid = _line(math.sqrt(high), math.sqrt(low), n) ** 2
     else:
-        grid = _in_nsr(sde, kind, high, low, rho, u)
+        grid = _in_nsr(sde, kind, high, low, rho, n)
     grid[0], grid[-1] = high, low
     return grid
 
 
-def _in_nsr(sde: SDE, kind: str, high: float, low: float, rho: float, u: Array) -> Array:
+def _in_nsr(sde: SDE, kind: str, high: float, low: float, rho: float, n: int) -> Array:
     top, bottom = sde.nsr(high), sde.nsr(low)
     if bottom == 0:
         raise ValueError(f"t_min: a {kind!r} schedule needs noise at t_min, got {low!r}")
     if kind == "log_snr":
-        ratios = np.exp(_line(math.log(top), math.log(bottom), u))
+        ratios = np.exp(_line(math.log(top), math.log(bottom), n))
     else:
-        ratios = _line(top ** (1 / rho), bottom ** (1 / rho), u) ** rho
+        ratios = _line(top ** (1 / rho), bottom ** (1 / rho), n) ** rho
     return sde.time_at_nsr(np.clip(ratios, bottom, top))
 
 
-def _line(start: float, end: float, u: Array) -> Array:
-    return start + u * (end - start)
+def _line(start: float, end: float, n: int) -> Array:
+    # Integer weights: exact at the half levels that a ladder rounds, and small values keep digits.
+    k = np.arange(n)
+    return (start * (n - 1 - k) + end * k) / (n - 1)
 
 
 def _on_ladder(sde: Ladder, n: int, kind: str, high: float, low: float, rho: float) -> Array:

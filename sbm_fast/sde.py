@@ -256,7 +256,7 @@ def as_sde(sde: object) -> SDE:
         return build(float(getattr(sde, low)), float(getattr(sde, high)))
     raise TypeError(
         "sde: expected one of VESDE, VPSDE, SubVPSDE, EDMSDE, NCSNLadder, DDPMSchedule or an SDE "
-        f"of score_sde, got {f'the class {sde.__name__}' if isinstance(sde, type) else repr(sde)[:80]}"
+        f"of score_sde, got {repr(sde)[:80]}"
     )
 
 
