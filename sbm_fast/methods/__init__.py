@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sbm_fast.methods.builder import Evaluation, Lin, PlanBuilder
+from sbm_fast.methods.compat import PEER
 from sbm_fast.methods.ddim import ddim
 from sbm_fast.methods.edm import edm
 from sbm_fast.methods.euler_maruyama import em
@@ -64,7 +65,8 @@ def make_plan(
         denoise: "mean" (drop the last noise), "tweedie" (one more evaluation), False, or None for
             what the method's paper does.
         clip_denoised: L > 0 clamps the denoised estimate to ±L.
-        compat: the peer whose grid, order, norms and last step are reproduced.
+        compat: the peer whose grid, order, norms and last step are reproduced. With one of
+            score_sde's own SDE objects, ``steps`` is then its N where it is not given.
         given_start: the state at t_max is given instead of drawn from the prior.
         method_options: keyword arguments of the method's function.
 
@@ -76,6 +78,8 @@ def make_plan(
         raise ValueError(f"method: unknown method {method!r}; {nearest(str(method), [*METHODS])}")
     function = METHODS[method]
     options = [p for p in inspect.signature(function).parameters if p != "run"]
+    if compat == PEER and steps is None:
+        steps = getattr(sde, "N", None)  # score_sde's own SDE objects carry the number of steps
     common = {"steps": steps, "schedule": schedule}
     given = {key: value for key, value in common.items() if value is not None} | method_options
     for name in given:

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from sbm_fast.model import as_score_model
 from sbm_fast.plan import H0, NORMS, SOURCES, D, F, Plan, X, Z
 from sbm_fast.process import count, finite
+from sbm_fast.sde import as_sde
 
 if TYPE_CHECKING:
-    from sbm_fast.model import Match, ScoreModel
-    from sbm_fast.sde import SDE
+    from sbm_fast.model import Match
 
 TRAJECTORY = 1
 """Noise stream of the rows (the prior is stream 0)."""
@@ -116,8 +117,8 @@ class PlanBuilder:
     """Collects the rows of one plan.
 
     Args:
-        model: the network with its prediction type, time input and training SDE.
-        sde: the SDE that the plan runs under.
+        model: a ScoreModel, or what ``as_score_model`` takes.
+        sde: the SDE that the plan runs under, or what ``as_sde`` takes.
         method: name that the plan carries.
         coordinate: "x", or "x/m" for a state divided by the mean scale m.
         clip: L > 0 clamps the denoised estimate to ±L.
@@ -130,8 +131,8 @@ class PlanBuilder:
 
     def __init__(
         self,
-        model: ScoreModel,
-        sde: SDE,
+        model: object,
+        sde: object,
         *,
         method: str,
         coordinate: str = "x",
@@ -141,13 +142,13 @@ class PlanBuilder:
     ) -> None:
         if coordinate not in ("x", "x/m"):
             raise ValueError(f"coordinate: expected 'x' or 'x/m', got {coordinate!r}")
-        self.model = model
-        self.sde = sde
+        self.sde = as_sde(sde)
+        self.model = as_score_model(model, self.sde)
         self.method = method
         self.coordinate = coordinate
         self.clip = None if clip is None else finite("clip_denoised", clip, above=0)
         self.given_start = given_start
-        self.t_start = float(sde.t_max if t_start is None else t_start)
+        self.t_start = float(self.sde.t_max if t_start is None else t_start)
         self._rows: list[dict[str, Any]] = []
         self._forms: list[tuple[Lin, Lin]] = []
         self._current: Evaluation | None = None

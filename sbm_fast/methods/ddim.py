@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from sbm_fast.methods.chain import chain_steps
-from sbm_fast.methods.setup import Setup, not_negative
+from sbm_fast.methods.setup import ENDS_CLEAN, Setup, not_negative
 
 if TYPE_CHECKING:
     from sbm_fast.methods.setup import Schedule
@@ -40,7 +40,7 @@ def ddim(
     eta = not_negative("eta", eta)
     if not isinstance(rederive_eps, bool):
         raise TypeError(f"rederive_eps: expected True or False, got {rederive_eps!r}")
-    run.denoise_mode("mean", "mean", False)
+    run.denoise_mode("mean", "mean", False, because=ENDS_CLEAN)
     times = run.times(_steps(run, steps, schedule), schedule, default=50)
     b = run.builder(float(times[0]))
     b.start()

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sbm_fast.methods.setup import Setup, not_negative
+from sbm_fast.methods.setup import ENDS_CLEAN, Setup, not_negative
 from sbm_fast.process import finite
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def edm(
     the range is then an error). ``denoise``: the last step ends at σ = 0, on D.
     """
     run.check_compat(_PEER)
-    run.denoise_mode("mean", "mean", False)
+    run.denoise_mode("mean", "mean", False, because=ENDS_CLEAN)
     if not isinstance(heun, bool):
         raise TypeError(f"heun: expected True or False, got {heun!r}")
     sigmas = _grid(run, steps, schedule, rho, sigma_min, sigma_max)

@@ -41,8 +41,8 @@ def ald(
 
     x' = x + ε_i s + √(2 ε_i) z with ε_i = step_size · (σ_i / σ_L)², σ_L the smallest level.
     It is a method for x = x_0 + σ ε. Other SDEs run it on the state x/m at their nsr = σ/m, where
-    that is what they are. The start is the run's prior row (the originals start from uniform
-    noise; at σ_1 ≫ data the first level forgets it).
+    that is what they are; the result is D by default, else x_0 + σ_L ε. The start is the run's
+    prior row (the originals start from uniform noise; the first level, σ_1 ≫ data, forgets it).
 
     Args:
         run: the run.

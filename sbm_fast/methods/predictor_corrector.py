@@ -19,7 +19,7 @@ from sbm_fast.methods.builder import Evaluation, Lin, PlanBuilder
 from sbm_fast.methods.chain import Step, chain_steps
 from sbm_fast.methods.compat import PEER, score_sde_steps
 from sbm_fast.methods.euler_maruyama import euler_maruyama_steps, euler_maruyama_update
-from sbm_fast.methods.setup import Denoise, Setup, choice
+from sbm_fast.methods.setup import ENDS_CLEAN, Denoise, Setup, choice
 from sbm_fast.process import count, finite
 from sbm_fast.sde import VPSDE, DDPMSchedule, SubVPSDE
 
@@ -240,9 +240,11 @@ def _variance(run: Setup, predictor: str, variance: str | None) -> str:
 def _denoise(run: Setup, predictor: str, norm: str) -> Denoise:
     """How the run ends; a level that is clean already has no Tweedie step."""
     if predictor == "none" and run.compat:
-        return run.denoise_mode(False, False)
+        return run.denoise_mode(False, False, because=f"{PEER} returns the noisy state here")
     if predictor == "none" and norm != "sigma":
-        return run.denoise_mode(False, "tweedie", False)
+        because = f"a row with norm={norm!r} keeps its noise"
+        return run.denoise_mode(False, "tweedie", False, because=because)
     if predictor in ("em", "none") and not run.compat:
         return run.denoise_mode("mean", "mean", "tweedie", False)
-    return run.denoise_mode("mean", "mean", False)
+    because = f"{PEER} has no further step" if run.compat else ENDS_CLEAN
+    return run.denoise_mode("mean", "mean", False, because=because)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Denoise = str | bool
 
+ENDS_CLEAN = "its last step ends at the clean level, where the state is the denoised one"
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -85,7 +87,7 @@ class Setup:
             points = len(schedule)
         else:
             if steps is None:
-                steps = self.levels - extra if self.levels else default
+                steps = self.levels or default
             points = count("steps", steps) + extra
         if schedule is None:
             schedule = kind or ("karras" if isinstance(self.sde, EDMSDE) else "uniform")
@@ -109,8 +111,11 @@ class Setup:
         low = max(float(sde.nsr(0.0)) for sde in known)
         return low, min(float(sde.nsr(sde.t_max)) for sde in known)
 
-    def denoise_mode(self, default: Denoise, *allowed: Denoise) -> Denoise:
-        """The run's ``denoise``, ``default`` for None; ValueError for one not ``allowed``."""
+    def denoise_mode(self, default: Denoise, *allowed: Denoise, because: str = "") -> Denoise:
+        """The run's ``denoise``, ``default`` for None.
+
+        ValueError, with what ``because`` adds, for one that is not ``allowed``.
+        """
         if self.denoise is None:
             return default
         for mode in allowed:
@@ -119,7 +124,7 @@ class Setup:
         names = ", ".join(repr(mode) for mode in (None, *allowed))
         raise ValueError(
             f"denoise: method {self.method!r} under {self.sde!r} takes {names}, "
-            f"got {self.denoise!r}"
+            f"got {self.denoise!r}" + (f"; {because}" if because else "")
         )
 
     def check_compat(self, *peers: str) -> None:

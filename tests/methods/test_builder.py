@@ -87,6 +87,13 @@ def test_a_two_step_multistep_of_ones_own() -> None:
     np.testing.assert_allclose(trace.states[-1], y, rtol=1e-12)
 
 
+def test_a_bare_callable_is_enough() -> None:
+    b = PlanBuilder(lambda x, t: -x, WORLD.sde, method="mine")
+    b.start()
+    b.row(b.evaluate(0.5).D)
+    assert b.build().description["predicts"] == "score"
+
+
 def test_streams_draws_and_guidance_of_ones_own() -> None:
     b = builder()
     b.start()

@@ -145,8 +145,12 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("denoise", [True, False])
-@pytest.mark.parametrize(("name", "predictor", "corrector", "n"), SMALL + LONG + LADDERS + OTHERS)
+EVERY = [(*case, denoise) for case in SMALL + LADDERS + OTHERS for denoise in (True, False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "predictor", "corrector", "n", "denoise"), EVERY + [(*case, True) for case in LONG]
+)
 def test_step_by_step(
     name: str, predictor: str, corrector: str, n: int | None, denoise: bool
 ) -> None:
@@ -208,6 +212,14 @@ def test_own_eps() -> None:
     plan = make_plan("pc", score_model(world), world.sde, steps=5, t_min=1e-2, compat="score_sde")
     expected = float32_times(1e-2, 5)[0]
     np.testing.assert_array_equal(plan.time[plan.evaluates][::2], expected)
+
+
+def test_the_peers_own_sde_brings_its_number_of_steps() -> None:
+    theirs = type("VPSDE", (), {"beta_0": 0.1, "beta_1": 20.0, "N": 40})()
+    model = score_model(WORLDS["vp"])
+    plan = make_plan("pc", model, theirs, compat="score_sde")
+    expected = make_plan("pc", model, WORLDS["vp"].sde, steps=40, compat="score_sde")
+    assert plan.difference(expected) == ""
 
 
 def test_ladders_keep_their_tables() -> None:
