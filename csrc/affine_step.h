@@ -19,12 +19,22 @@ struct StepArgs {
   TensorView x, network, uncond, noise, net_input;
   TensorView slots[kMaxRegisters];
   const S* guidance = nullptr;   // [batch]
-  const S* epsilon = nullptr;    // [batch]
+  S* epsilon = nullptr;          // [batch], receives the step sizes
   S* net_time = nullptr;         // [batch]
   int32_t* first_bad = nullptr;  // [batch]
+
+  // The row that sample b stands at, −1 for none.
+  int64_t row_of(int64_t b) const {
+    const int64_t r = row[b * row_stride];
+    return r < rows ? r : -1;
+  }
+  int norm_of(int64_t b) const {
+    const int64_t r = row_of(b);
+    return r < 0 ? int(kNoNorm) : int(field[r * kFields + kNorm]);
+  }
 };
 
 template <class S>
-void affine_step_cpu(const StepArgs<S>& args);
+void affine_step_cpu(StepArgs<S> args);
 
 }  // namespace sbm

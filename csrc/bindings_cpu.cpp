@@ -169,8 +169,8 @@ template <class S>
 void check_sources(const sbm::StepArgs<S>& a) {
   const sbm::RowLayout layout{a.registers};
   for (int64_t b = 0; b < (a.row_stride == 0 ? (a.batch > 0) : a.batch); ++b) {
-    const int64_t row = a.row[b * a.row_stride];
-    if (row < 0 || row >= a.rows) continue;
+    const int64_t row = a.row_of(b);
+    if (row < 0) continue;
     const S* hi = a.coef + row * 2 * layout.lanes();
     const int32_t* field = a.field + row * sbm::kFields;
     const bool norm = field[sbm::kNorm] != sbm::kNoNorm;
@@ -271,8 +271,8 @@ STABLE_TORCH_LIBRARY(sbm_fast, m) {
   m.def(
       "affine_step_(Tensor(a!) x, Tensor? network, Tensor? uncond, Tensor? guidance, "
       "Tensor(b!)? registers, Tensor keys, Tensor row, Tensor coef, Tensor field, "
-      "Tensor? epsilon, Tensor? noise, Tensor(c!)? net_input, Tensor(d!)? net_time, "
-      "Tensor(e!)? first_bad) -> ()");
+      "Tensor(c!)? epsilon, Tensor? noise, Tensor(d!)? net_input, Tensor(e!)? net_time, "
+      "Tensor(f!)? first_bad) -> ()");
   m.def(
       "langevin_epsilon_(Tensor(a!) epsilon, Tensor x, Tensor network, Tensor? uncond, "
       "Tensor? guidance, Tensor keys, Tensor row, Tensor coef, Tensor field, Tensor? noise) "

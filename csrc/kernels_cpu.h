@@ -18,7 +18,7 @@ struct Tile {
   int64_t sample, samples, first, count;
 };
 
-// Σ s² and Σ z² of a tile of one sample.
+// Σ s² and Σ z² of one sample's part of a tile.
 template <class S>
 struct SquareSums {
   S score, noise;
@@ -31,8 +31,10 @@ struct CpuKernels {
                   float* out);
   void (*step_f32)(const StepArgs<float>&, const Tile&);
   void (*step_f64)(const StepArgs<double>&, const Tile&);
-  SquareSums<float> (*squares_f32)(const StepArgs<float>&, const Tile&);
-  SquareSums<double> (*squares_f64)(const StepArgs<double>&, const Tile&);
+  // One pair of sums for every sample of the tile; z itself too where keep_noise is given.
+  void (*squares_f32)(const StepArgs<float>&, const Tile&, SquareSums<float>*, float* keep_noise);
+  void (*squares_f64)(const StepArgs<double>&, const Tile&, SquareSums<double>*,
+                      double* keep_noise);
 };
 
 const CpuKernels& portable_kernels();

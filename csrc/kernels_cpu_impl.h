@@ -227,7 +227,7 @@ template <class S>
 bool alike(const StepArgs<S>& a, int64_t first, int64_t count) {
   for (int64_t b = first + 1; b < first + count; ++b) {
     if (a.row[b * a.row_stride] != a.row[first * a.row_stride]) return false;
-    if (a.epsilon && a.epsilon[b] != a.epsilon[first]) return false;
+    if (a.epsilon && !(a.epsilon[b] == a.epsilon[first])) return false;
     if (a.guidance && a.guidance[b] != a.guidance[first]) return false;
   }
   return true;
@@ -240,40 +240,47 @@ void step(const StepArgs<S>& args, const Tile& tile) {
       step<P, S>(args, {tile.sample + s, 1, tile.first, tile.count});
     return;
   }
-  const int64_t row = args.row[tile.sample * args.row_stride];
-  if (row < 0 || row >= args.rows) return;
-  TileStep<P, S>(args, tile).run();
+  if (args.row_of(tile.sample) >= 0) TileStep<P, S>(args, tile).run();
 }
 
-// Pairwise sum of squares: v is padded with zeros to a power of two, then halved until one is left.
+// Pairwise sum of squares: padded with zeros to a power of two, then halved until one is left.
 template <class S>
-S sum_squares(S* v, int64_t n) {
+S sum_squares(const S* v, int64_t n) {
+  Buffer<S> half;
+  S* const w = half.v;
   int64_t width = 1;
   while (width < n) width *= 2;
-  for (int64_t i = n; i < width; ++i) v[i] = S(0);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < width; ++i) v[i] *= v[i];
+  for (int64_t i = 0; i < n; ++i) w[i] = v[i] * v[i];
+  for (int64_t i = n; i < width; ++i) w[i] = S(0);
   while (width > 1) {
     width /= 2;
 #pragma GCC ivdep
-    for (int64_t i = 0; i < width; ++i) v[i] += v[i + width];
+    for (int64_t i = 0; i < width; ++i) w[i] += w[i + width];
   }
-  return v[0];
+  return w[0];
 }
 
+// Rows without a norm give zeros.
 template <class P, class S>
-SquareSums<S> squares(const StepArgs<S>& args, const Tile& tile) {
-  const int64_t row = args.row[tile.sample * args.row_stride];
-  if (row < 0 || row >= args.rows) return {};
-  const int norm = args.field[row * kFields + kNorm];
-  if (norm == kNoNorm) return {};
+void squares(const StepArgs<S>& args, const Tile& tile, SquareSums<S>* sums, S* keep_noise) {
+  if (tile.samples > 1 && !alike(args, tile.sample, tile.samples)) {
+    for (int64_t s = 0; s < tile.samples; ++s)
+      squares<P, S>(args, {tile.sample + s, 1, tile.first, tile.count}, sums + s,
+                    keep_noise ? keep_noise + s * tile.count : nullptr);
+    return;
+  }
+  for (int64_t s = 0; s < tile.samples; ++s) sums[s] = {S(0), S(0)};
+  const int norm = args.norm_of(tile.sample);
+  if (norm == kNoNorm) return;
   TileStep<P, S> step(args, tile);
-  SquareSums<S> sums = {sum_squares(step.score(), tile.count), S(0)};
-  if (norm == kSqrtD) return sums;
-  Buffer<S> z;
-  memcpy(z.v, step.noise(), size_t(tile.count) * sizeof(S));
-  sums.noise = sum_squares(z.v, tile.count);
-  return sums;
+  const S* const score = step.score();
+  for (int64_t s = 0; s < tile.samples; ++s)
+    sums[s].score = sum_squares(score + s * tile.count, tile.count);
+  if (norm == kSqrtD && !keep_noise) return;
+  const S* const z = step.noise();
+  for (int64_t s = 0; s < tile.samples; ++s)
+    sums[s].noise = sum_squares(z + s * tile.count, tile.count);
+  if (keep_noise) memcpy(keep_noise, z, size_t(tile.samples * tile.count) * sizeof(S));
 }
 
 template <class P>

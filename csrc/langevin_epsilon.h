@@ -5,8 +5,9 @@
 namespace sbm {
 
 // Writes ε[b] for the row that sample b stands at (0 where that row has no norm). Of `args` it
-// reads x, network, uncond, guidance, keys, noise, row, coef and field.
+// reads x, network, uncond, guidance, keys, noise, row, coef and field. Where `keep_noise`
+// [batch, numel] is given, the z of rows with a norm is left there.
 template <class S>
-void langevin_epsilon_cpu(const StepArgs<S>& args, S* epsilon);
+void langevin_epsilon_cpu(const StepArgs<S>& args, S* epsilon, S* keep_noise = nullptr);
 
 }  // namespace sbm

@@ -9,11 +9,12 @@
 namespace sbm {
 namespace {
 
-SquareSums<float> squares(const StepArgs<float>& args, const Tile& tile) {
-  return cpu_kernels().squares_f32(args, tile);
+void squares(const StepArgs<float>& args, const Tile& tile, SquareSums<float>* sums, float* z) {
+  cpu_kernels().squares_f32(args, tile, sums, z);
 }
-SquareSums<double> squares(const StepArgs<double>& args, const Tile& tile) {
-  return cpu_kernels().squares_f64(args, tile);
+void squares(const StepArgs<double>& args, const Tile& tile, SquareSums<double>* sums,
+             double* z) {
+  cpu_kernels().squares_f64(args, tile, sums, z);
 }
 
 // Sum of neighbours, then of neighbouring sums, …: a tree that depends on `count` only.
@@ -41,13 +42,6 @@ S mean(const std::vector<S>& v) {
   return tree_sum<S>(int64_t(v.size()), [&](int64_t b) { return v[size_t(b)]; }) / S(v.size());
 }
 
-// Norm kind of the row that sample b stands at.
-template <class S>
-int norm_of(const StepArgs<S>& args, int64_t b) {
-  const int64_t row = args.row[b * args.row_stride];
-  return row < 0 || row >= args.rows ? kNoNorm : args.field[row * kFields + kNorm];
-}
-
 // Working memory, kept between calls: a sampler's loop allocates nothing after its first step.
 template <class S>
 struct Scratch {
@@ -58,12 +52,16 @@ struct Scratch {
 }  // namespace
 
 template <class S>
-void langevin_epsilon_cpu(const StepArgs<S>& args, S* epsilon) {
+void langevin_epsilon_cpu(const StepArgs<S>& args, S* epsilon, S* keep_noise) {
   static thread_local Scratch<S> scratch;
   Scratch<S>& m = scratch;  // the workers below must not name their own thread's
-  const Tiling tiling(args.batch, args.numel, false);
-  m.partial.resize(size_t(tiling.count()));
-  tiling.each([&](const Tile& tile, int64_t i) { m.partial[size_t(i)] = squares(args, tile); });
+  const Tiling tiling(args.batch, args.numel);
+  m.partial.resize(size_t(args.batch * tiling.per_sample));
+  tiling.each([&](const Tile& tile) {
+    SquareSums<S>* sums = m.partial.data() + tile.sample * tiling.per_sample + tile.first / kTile;
+    squares(args, tile, sums,
+            keep_noise ? keep_noise + tile.sample * args.numel + tile.first : nullptr);
+  });
 
   m.score.resize(size_t(args.batch));
   m.noise.resize(size_t(args.batch));
@@ -75,7 +73,7 @@ void langevin_epsilon_cpu(const StepArgs<S>& args, S* epsilon) {
     const auto noise = [&](int64_t i) { return own[i].noise; };
     m.score[size_t(b)] = S(sqrt(tree_sum<S>(tiling.per_sample, score)));
     m.noise[size_t(b)] = S(sqrt(tree_sum<S>(tiling.per_sample, noise)));
-    if (norm_of(args, b) != kBatchMean) continue;
+    if (args.norm_of(b) != kBatchMean) continue;
     m.batch_score.push_back(m.score[size_t(b)]);
     m.batch_noise.push_back(m.noise[size_t(b)]);
   }
@@ -83,11 +81,10 @@ void langevin_epsilon_cpu(const StepArgs<S>& args, S* epsilon) {
 
   const RowLayout layout{args.registers};
   for (int64_t b = 0; b < args.batch; ++b) {
-    const int norm = norm_of(args, b);
+    const int norm = args.norm_of(b);
     epsilon[b] = S(0);
     if (norm == kNoNorm) continue;
-    const int64_t row = args.row[b * args.row_stride];
-    const S scale = args.coef[row * 2 * layout.lanes() + layout.step_scale()];
+    const S scale = args.coef[args.row_of(b) * 2 * layout.lanes() + layout.step_scale()];
     const S score = norm == kBatchMean ? mean_score : m.score[size_t(b)];
     const S noise = norm == kBatchMean ? mean_noise
                     : norm == kSqrtD   ? S(sqrt(S(args.numel)))
@@ -96,7 +93,7 @@ void langevin_epsilon_cpu(const StepArgs<S>& args, S* epsilon) {
   }
 }
 
-template void langevin_epsilon_cpu(const StepArgs<float>&, float*);
-template void langevin_epsilon_cpu(const StepArgs<double>&, double*);
+template void langevin_epsilon_cpu(const StepArgs<float>&, float*, float*);
+template void langevin_epsilon_cpu(const StepArgs<double>&, double*, double*);
 
 }  // namespace sbm

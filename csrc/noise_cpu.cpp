@@ -8,7 +8,7 @@ namespace sbm {
 void noise_cpu(const TensorView& out, int64_t batch, int64_t numel, const uint64_t* keys,
                uint32_t draw, uint32_t stream, NoiseKind kind) {
   const auto fill = cpu_kernels().fill[int(kind)];
-  Tiling(batch, numel, true).each([&](const Tile& tile, int64_t) {
+  Tiling(batch, numel).each([&](const Tile& tile) {
     alignas(64) float buffer[kTile + kSlack];
     fill(keys, tile, draw, stream, buffer);
     const int64_t n = tile.samples * tile.count;

@@ -10,10 +10,10 @@ struct Tiling {
   int64_t per_sample;  // tiles of a sample, when a sample is larger than a tile
   int64_t together;    // samples of a tile, when a tile holds whole samples
 
-  Tiling(int64_t batch, int64_t numel, bool pack_samples)
+  Tiling(int64_t batch, int64_t numel)
       : batch(batch), numel(numel), per_sample((numel + kTile - 1) / kTile), together(1) {
     const int64_t padded = (numel + 3) / 4 * 4;  // noise comes in fours
-    if (pack_samples && padded > 0 && padded <= kTile / 2) together = kTile / padded;
+    if (padded > 0 && padded <= kTile / 2) together = kTile / padded;
   }
 
   int64_t count() const {
@@ -40,7 +40,7 @@ struct Tiling {
   template <class Body>
   void each(const Body& body) const {
     parallel(count(), grain(), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) body((*this)[i], i);
+      for (int64_t i = begin; i < end; ++i) body((*this)[i]);
     });
   }
 };

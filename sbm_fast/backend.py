@@ -7,7 +7,7 @@ import torch
 
 from sbm_fast import _load
 from sbm_fast.doctor import backends
-from sbm_fast.ops import affine_step, langevin_epsilon
+from sbm_fast.ops import affine_step
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,10 @@ class Kernels:
 
     name: str
     affine_step_: Callable[..., None]
-    langevin_epsilon_: Callable[..., None]
 
 
-_CPU = Kernels("cpu", affine_step.affine_step_, langevin_epsilon.langevin_epsilon_)
-_EAGER = Kernels("eager", affine_step.reference, langevin_epsilon.reference)
+_CPU = Kernels("cpu", affine_step.affine_step_)
+_EAGER = Kernels("eager", affine_step.reference)
 
 
 def choose_backend(name: str, device: torch.device) -> Kernels:

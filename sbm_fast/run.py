@@ -69,7 +69,9 @@ class Run:
         numbers = torch.arange(plan.rows, dtype=torch.int32, device=x.device)
         self._row_numbers = numbers[:, None].expand(plan.rows, batch).unbind(0)
         self._evaluates = plan.evaluates.tolist()
-        self._norm = plan.norm.tolist()
+        self._step, self._net = sampler.kernels.affine_step_, sampler.model.net
+        self._null_cond = dict(sampler.model.null_cond or {})
+        self._checked = False
         self._needs_noise = ((plan.coef[:, :, Z] != 0).any(axis=1) | (plan.norm != 0)).tolist()
 
     @property
@@ -115,33 +117,23 @@ class Run:
             begin = time.perf_counter()
             network = self._evaluate(self._cond)
             if self._guidance is not None:
-                uncond = self._evaluate(dict(self._sampler.model.null_cond or {}))
+                uncond = self._evaluate(self._null_cond)
             self.seconds_network += time.perf_counter() - begin
-        noise = self._given_noise(row)
-        kernels, number = self._sampler.kernels, self._row_numbers[row]
-        if self._norm[row]:
-            kernels.langevin_epsilon_(
-                self._epsilon, self._x, network, uncond, self._guidance, self._keys, number,
-                self._coef, self._field, noise,
-            )  # fmt: skip
-        kernels.affine_step_(
-            self._x, network, uncond, self._guidance, self._registers, self._keys, number,
-            self._coef, self._field, self._epsilon, noise, self._net_input, self._net_time,
-            self._first_bad,
+        self._step(
+            self._x, network, uncond, self._guidance, self._registers, self._keys,
+            self._row_numbers[row], self._coef, self._field, self._epsilon,
+            None if self._noise is None else self._given_noise(row), self._net_input,
+            self._net_time, self._first_bad,
         )  # fmt: skip
         self.row = row + 1
 
     def _evaluate(self, cond: dict[str, Any]) -> Tensor:
         x = self._x if self._net_input is None else self._net_input
         version = x._version
-        out = self._sampler.model(x, self._net_time, **cond)
-        if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
-            got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out)
-            raise ValueError(
-                f"model: expected a floating tensor of shape {tuple(x.shape)}, got {got}"
-            )
-        if out.device != x.device:
-            raise ValueError(f"model: expected its output on {x.device}, got {out.device}")
+        out = self._net(x, self._net_time, **cond)
+        if not self._checked:
+            _check_output(out, x)
+            self._checked = True  # the step's own checks are enough from here on
         if x._version != version:
             raise ValueError("model: the network changed its input in place")
         return out
@@ -200,6 +192,14 @@ class Run:
             self._net_time.fill_(label)
             if self._net_input is not None:
                 self._net_input.copy_(self._x * scale)
+
+
+def _check_output(out: object, x: Tensor) -> None:
+    if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
+        got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out)
+        raise ValueError(f"model: expected a floating tensor of shape {tuple(x.shape)}, got {got}")
+    if out.device != x.device:
+        raise ValueError(f"model: expected its output on {x.device}, got {out.device}")
 
 
 def _lane(plan: Plan, name: str) -> int:

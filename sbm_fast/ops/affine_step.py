@@ -4,9 +4,9 @@
     H_s = the same form with the row's write coefficients
     F   = F_u + w·(F_c − F_u)                         when `uncond` is given
 
-A row of a data-dependent Langevin norm adds ε·s + √(2ε)·z with s = p_s·x + q_s·F. The row reads
-everything before it writes, and reads nothing whose coefficient is 0. z is made from the sample's
-key at (draw, stream) of the row, never stored.
+A row of a data-dependent Langevin norm adds ε·s + √(2ε)·z with s = p_s·x + q_s·F; its ε is found
+first (see `langevin_epsilon_`). The row reads everything before it writes, and reads nothing whose
+coefficient is 0. z is made from the sample's key at (draw, stream) of the row, never stored.
 
 Arguments (B samples; S the state's dtype, float32 or float64):
     x [B, …] S: the state, updated. Any memory format.
@@ -15,7 +15,7 @@ Arguments (B samples; S the state's dtype, float32 or float64):
     registers [K, B, …] S: H_k, one of them written by rows that have a slot.
     keys int64 [B]; row int32 [B] (it is read, never advanced; outside [0, R) nothing happens).
     coef [R, 2, lanes] S, field int32 [R, 4]: `Plan.pack`.
-    epsilon [B] S: step sizes from `langevin_epsilon_`, for rows with a norm.
+    epsilon [B] S: receives the step sizes, 0 for rows without a norm; those with one need it.
     noise [B, …]: used as z instead of the counter-based one.
     net_input [B, …] any float dtype and memory format: receives c_in·x' of the next evaluation.
     net_time [B] S: receives the next evaluation's time label.
@@ -25,6 +25,7 @@ Arguments (B samples; S the state's dtype, float32 or float64):
 import torch
 from torch import Tensor
 
+from sbm_fast.ops import langevin_epsilon
 from sbm_fast.ops._library import register
 from sbm_fast.ops._row import Rows, guided_network, per_sample, row_noise, weighted_sum
 from sbm_fast.plan import D, F, X, Z
@@ -57,7 +58,10 @@ def reference(
     values = [x, f, _denoised(rows, x, f), row_noise(rows, keys, noise, x), *held]
 
     weights = rows.sources(0)
-    if epsilon is not None:
+    if epsilon is not None and network is not None:
+        langevin_epsilon.reference(
+            epsilon, x, network, uncond, guidance, keys, row, coef, field, noise
+        )
         weights = _add_langevin(rows, weights, epsilon)
     new = weighted_sum(weights, values, x)
     if registers is not None:
@@ -108,7 +112,7 @@ def _next_input(rows: Rows, x: Tensor, net_input: Tensor | None, net_time: Tenso
 affine_step_ = register(
     "affine_step_(Tensor(a!) x, Tensor? network, Tensor? uncond, Tensor? guidance, "
     "Tensor(b!)? registers, Tensor keys, Tensor row, Tensor coef, Tensor field, "
-    "Tensor? epsilon, Tensor? noise, Tensor(c!)? net_input, Tensor(d!)? net_time, "
-    "Tensor(e!)? first_bad) -> ()",
+    "Tensor(c!)? epsilon, Tensor? noise, Tensor(d!)? net_input, Tensor(e!)? net_time, "
+    "Tensor(f!)? first_bad) -> ()",
     reference,
 )
