@@ -1,0 +1,79 @@
+"""Where and with what a measurement was made."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from sbm_fast import _load, doctor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def require_compiled() -> None:
+    """RuntimeError, with the reason, when the compiled part is not there: eager would be timed."""
+    if not _load.load():
+        raise RuntimeError(f"benchmarks: need the compiled part of sbm_fast, but {_load.REASON}")
+
+
+def facts() -> dict[str, object]:
+    """Machine, versions and build, as they go into the record."""
+    report = doctor()
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "instruction_set": report.cpu_level,
+        "system": platform.platform(),
+        "load_average": [round(v, 2) for v in os.getloadavg()],
+        "versions": {
+            **report.versions,
+            "pytest-benchmark": importlib.metadata.version("pytest-benchmark"),
+            "compiler": str(report.build["compiler"]),
+            "inductor_compiler": _first_line(os.environ.get("CXX", "g++"), "--version"),
+        },
+        "flags": report.build["flags"],
+        "source_hash": report.build["source_hash"],
+        "commit": _commit(),
+        "threads_available": torch.get_num_threads(),
+    }
+
+
+def headline() -> str:
+    """One line for people."""
+    f = facts()
+    versions = f["versions"]
+    assert isinstance(versions, dict)
+    shown = ("sbm_fast", "torch", "python", "compiler")
+    return (
+        f"{f['cpu']}, {f['cores']} cores, {f['instruction_set']}, load {f['load_average']}; "
+        + ", ".join(f"{name} {versions[name]}" for name in shown)
+        + f"; commit {f['commit']}"
+    )
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Commit of this checkout; "+" where tracked files differ from it."""
+    commit = _first_line("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "-uno")
+    return commit + "+" * bool(commit != UNKNOWN and changed)
+
+
+UNKNOWN = "unknown"
+
+
+def _first_line(*command: str) -> str:
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return UNKNOWN
+    return done.stdout.partition("\n")[0]
