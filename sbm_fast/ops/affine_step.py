@@ -28,7 +28,7 @@ from torch import Tensor
 from sbm_fast.ops import langevin_epsilon
 from sbm_fast.ops._library import register
 from sbm_fast.ops._row import Rows, guided_network, per_sample, row_noise, weighted_sum
-from sbm_fast.plan import D, F, X, Z
+from sbm_fast.plan import H0, D, F, X, Z
 
 
 def reference(
@@ -54,18 +54,23 @@ def reference(
     f = None if network is None else guided_network(rows, network, uncond, guidance, x)
     if f is not None and first_bad is not None:
         _note_bad(rows, f, row, first_bad)
-    held = [] if registers is None else [registers[k] for k in range(rows.registers)]
-    values = [x, f, _denoised(rows, x, f), row_noise(rows, keys, noise, x), *held]
-
-    weights = rows.sources(0)
+    weights, write_weights = rows.sources(0), rows.sources(1)
     if epsilon is not None and network is not None:
         langevin_epsilon.reference(
             epsilon, x, network, uncond, guidance, keys, row, coef, field, noise
         )
         weights = _add_langevin(rows, weights, epsilon)
+    used = ((weights != 0) | (write_weights != 0)).any(0).tolist()
+    values = [x, f, *[None] * (len(used) - 2)]
+    if used[D]:
+        values[D] = _denoised(rows, x, f)
+    if used[Z]:
+        values[Z] = row_noise(rows, keys, noise, x)
+    if registers is not None:
+        values[H0:] = [registers[k] if used[H0 + k] else None for k in range(rows.registers)]
     new = weighted_sum(weights, values, x)
     if registers is not None:
-        written = weighted_sum(rows.sources(1), values, x)
+        written = weighted_sum(write_weights, values, x)
         for k in range(rows.registers):
             here = per_sample(rows.live & (rows.number("slot") == k), x)
             registers[k].copy_(torch.where(here, written, registers[k]))
