@@ -206,15 +206,15 @@ class BuildExt(build_ext):
         # pybind11's headers come with torch's.
         common += ["-I.", "-isystem", str(self.torch.home / "include"), "-isystem", str(include)]
         cxx = find_compiler()
-        flags = [*CXX_FLAGS, *common, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
         file = NinjaFile()
-        file.rule("cxx", [*cxx, *flags, "$flags", "-c", "$in", "-o", "$out"], depfile=True)
+        compile_file = ["$flags", "-c", "$in", "-o", "$out"]
+        file.rule("cxx", [*cxx, *CXX_FLAGS, *common, *compile_file], depfile=True)
         file.rule("link", [*cxx, "-shared", "-o", "$out", "$in", "$flags"])
         if self.nvcc:
             arch = gencode_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 9.0+PTX")
             flags = [*NVCC_FLAGS, *arch, *common]
-            file.rule("nvcc", [self.nvcc, *flags, "-c", "$in", "-o", "$out"], depfile=True)
+            file.rule("nvcc", [self.nvcc, *flags, *compile_file], depfile=True)
             file.rule(
                 "nvlink", [self.nvcc, "-shared", "-cudart=static", "-o", "$out", "$in", "$flags"]
             )

@@ -48,8 +48,8 @@ def _usable(name: str) -> bool:
         return True
     if importlib.util.find_spec(name) is None:
         return False
-    if name == "setuptools":  # builds wheels by itself, without `wheel`, since 70.1
-        return _version("setuptools") >= (70, 1)
+    if name == "setuptools":  # knows pyproject.toml's `license = "MIT"` since 77
+        return _version("setuptools") >= (77,)
     return name != "torch" or _version("torch") >= (2, 10)
 
 

@@ -82,7 +82,7 @@ def _load_first_usable() -> ModuleType:
     tree = _source_tree()
     expected = source_hash(tree / "csrc") if tree else ""
     reasons = []
-    for folder in dict.fromkeys(_folders()):
+    for folder in dict.fromkeys([PACKAGE, *filter(Path.is_dir, _installed_folders())]):
         try:
             libraries = {name: _library(folder, name) for name in ("_host", "_C")}
             _check_sources(libraries, expected)
@@ -91,6 +91,7 @@ def _load_first_usable() -> ModuleType:
         except Unusable as error:
             reasons.append(str(error))
         else:
+            sys.modules.update({f"sbm_fast.{name}": module for name, module in modules.items()})
             return modules["_host"]
     raise Unusable("; ".join(reasons) + f"; to mend it: {_build_command(tree)}")
 
@@ -101,9 +102,8 @@ def _source_tree() -> Path | None:
     return root if (root / "csrc").is_dir() and (root / "setup.py").is_file() else None
 
 
-def _folders() -> Iterator[Path]:
-    """Where the libraries may lie: beside this file, then in installed distributions."""
-    yield PACKAGE
+def _installed_folders() -> Iterator[Path]:
+    """Where installed distributions, regular and editable, may have the libraries."""
     for distribution in importlib.metadata.distributions(name="sbm_fast"):
         yield Path(str(distribution.locate_file("sbm_fast"))).resolve()
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
@@ -162,7 +162,6 @@ def _import(name: str, path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except ImportError as error:
         raise Unusable(f"{path} cannot be loaded by torch {torch.__version__}: {error}") from error
-    sys.modules[full_name] = module
     return module
 
 
