@@ -9,6 +9,7 @@ instead: coefficients computed ahead, the state and the noise updated in place.
 Their noise can be replaced, so that all implementations can be compared on the same numbers.
 """
 
+from abc import ABC
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,11 @@ def per_sample(v: Tensor) -> Tensor:
     return v[:, None, None, None]
 
 
-class VP:
-    """dx = −½β(t) x dt + √β(t) dw, as score_sde evaluates it: on a vector of times."""
+class VP(ABC):
+    """dx = −½β(t) x dt + √β(t) dw, as score_sde evaluates it: on a vector of times.
+
+    Abstract as its SDEs are: that makes a new class, which every step asks for, dearer.
+    """
 
     def __init__(self) -> None:
         self.N = STEPS

@@ -87,6 +87,7 @@ def count_here() -> dict[str, float]:
     """Ours: a run of a prepared sampler from its start. score_sde's: its loop, beyond x given."""
     tiny = (2, 1, 2, 2)
     make_sampler(OwnBuffer(tiny), True, tiny, STEPS)(seed=0)  # what is made once per process
+    torch.randn(SHAPE).neg_()  # starts the threads
     network = OwnBuffer(SHAPE)
     start = torch.randn(SHAPE)
     sampler = make_sampler(network, True, SHAPE, STEPS)
