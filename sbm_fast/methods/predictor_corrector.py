@@ -144,7 +144,8 @@ def pc_plan(
 ) -> Plan:
     """The rows of :func:`pc`, and of its predictors alone."""
     run.check_compat(PEER)
-    predictor = choice("predictor", _ALIASES.get(predictor, predictor), PREDICTORS)
+    predictor = choice("predictor", predictor, (*PREDICTORS, *_ALIASES))
+    predictor = _ALIASES.get(predictor, predictor)
     corrector = choice("corrector", corrector, CORRECTORS)
     if predictor == corrector == "none":
         raise ValueError("predictor, corrector: 'none' and 'none' leave nothing to run")

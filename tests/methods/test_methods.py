@@ -227,6 +227,7 @@ def test_edm_churn_stays_in_the_networks_range_unless_compat() -> None:
         ("pcc", {}, "method: unknown method 'pcc'; did you mean 'pc'"),
         ("heun", {}, "method: unknown method 'heun'"),
         ("pc", {"predictor": "ancestrol"}, "predictor: unknown value 'ancestrol'; did you mean 'a"),
+        ("pc", {"predictor": ["em"]}, "predictor: unknown value"),
         ("pc", {"corrector": "langvin"}, "corrector: .* did you mean 'langevin'"),
         ("pc", {"norm": "batchmean"}, "norm: .* did you mean 'batch_mean'"),
         ("pc", {"predictor": "none", "corrector": "none"}, "predictor, corrector: 'none'"),
