@@ -21,8 +21,8 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 void torch_parallel(int64_t count, int64_t grain, const void* context, sbm::ParallelBody body) {
-  torch::stable::parallel_for(
-      0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+  torch::stable::parallel_for(0, count, grain,
+                              [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
 DType dtype_of(const Tensor& t, const char* name) {
@@ -99,15 +99,29 @@ constexpr ScalarType state_dtype() {
   return sizeof(S) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
 }
 
-// The network may hand back its input (a score of −x computed in place, say) but not another view
-// of the state: the step writes x while it reads F.
-void check_alias(const TensorView& f, const TensorView& x, int64_t batch, int64_t numel,
-                 const char* name) {
-  if (!f.given() || batch * numel == 0 || f.data == x.data) return;
-  const char* const begin = static_cast<const char*>(x.data);
+int64_t element_size(const TensorView& v) {
+  return v.dtype == DType::f64 ? 8 : v.dtype == DType::f32 ? 4 : 2;
+}
+
+bool same_place(const TensorView& a, const TensorView& b) {
+  bool same = a.data == b.data && a.dtype == b.dtype && a.dims == b.dims &&
+              a.sample_stride == b.sample_stride;
+  for (int d = 0; same && d < a.dims; ++d)
+    same = a.size[d] == b.size[d] && a.stride[d] == b.stride[d];
+  return same;
+}
+
+// The network may hand back what it was given, but not another view of it: the step writes `to`
+// while it reads F, in the same order only if both lie in the same way.
+void check_alias(const TensorView& f, const TensorView& to, int64_t batch, const char* name,
+                 const char* what) {
+  if (!f.given() || !to.given() || same_place(f, to)) return;
+  int64_t last = (batch - 1) * to.sample_stride;
+  for (int d = 0; d < to.dims; ++d) last += (to.size[d] - 1) * to.stride[d];
+  const char* const begin = static_cast<const char*>(to.data);
   const char* const at = static_cast<const char*>(f.data);
-  STD_TORCH_CHECK(at < begin || at >= begin + batch * x.sample_stride * int64_t(sizeof(float)), name,
-                  ": is another view of the state x; return a tensor of its own");
+  STD_TORCH_CHECK(at < begin || at > begin + last * element_size(to), name, ": is another view of ",
+                  what, "; return a tensor of its own");
 }
 
 // What both ops read.
@@ -123,8 +137,8 @@ sbm::StepArgs<S> common_args(const Tensor& x, const MaybeTensor& network, const 
   a.network = view_like(network, x, "network");
   a.uncond = view_like(uncond, x, "uncond");
   a.noise = view_like(noise, x, "noise");
-  check_alias(a.network, a.x, a.batch, a.numel, "network");
-  check_alias(a.uncond, a.x, a.batch, a.numel, "uncond");
+  check_alias(a.network, a.x, a.batch, "network", "the state x");
+  check_alias(a.uncond, a.x, a.batch, "uncond", "the state x");
   a.guidance = vector<S>(guidance, a.batch, dtype, "guidance");
   STD_TORCH_CHECK(!uncond || (guidance && network), "uncond: needs network and guidance");
   a.keys = static_cast<const uint64_t*>(
@@ -152,9 +166,9 @@ sbm::StepArgs<S> common_args(const Tensor& x, const MaybeTensor& network, const 
 template <class S>
 void add_slots(sbm::StepArgs<S>& a, const MaybeTensor& registers, const Tensor& x) {
   if (a.registers == 0) return;
-  STD_TORCH_CHECK(registers && registers->dim() == x.dim() + 1 &&
-                      registers->size(0) >= a.registers && registers->size(1) == a.batch,
-                  "registers: expected [", a.registers, ", *x.shape]");
+  bool same = registers && registers->dim() == x.dim() + 1 && registers->size(0) >= a.registers;
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = registers->size(d + 1) == x.size(d);
+  STD_TORCH_CHECK(same, "registers: expected [", a.registers, ", *x.shape]");
   TensorView slot = view(*registers, 1, "registers");
   const int64_t step = registers->stride(0) * int64_t(sizeof(S));
   STD_TORCH_CHECK(slot.dtype == a.x.dtype, "registers: expected the dtype of x");
@@ -167,6 +181,7 @@ void add_slots(sbm::StepArgs<S>& a, const MaybeTensor& registers, const Tensor& 
 // Rows name sources; what they name must be there. The table is small beside a batch.
 template <class S>
 void check_sources(const sbm::StepArgs<S>& a) {
+  if (a.numel == 0) return;
   const sbm::RowLayout layout{a.registers};
   for (int64_t b = 0; b < (a.row_stride == 0 ? (a.batch > 0) : a.batch); ++b) {
     const int64_t row = a.row_of(b);
@@ -176,7 +191,8 @@ void check_sources(const sbm::StepArgs<S>& a) {
     const bool norm = field[sbm::kNorm] != sbm::kNoNorm;
     bool network = norm;
     for (int k : {sbm::kNetwork, sbm::kDenoised})
-      network = network || hi[k] != S(0) || (field[sbm::kSlot] >= 0 && hi[layout.write() + k] != S(0));
+      network =
+          network || hi[k] != S(0) || (field[sbm::kSlot] >= 0 && hi[layout.write() + k] != S(0));
     STD_TORCH_CHECK(!network || a.network.given(), "network: row ", row, " needs it");
     STD_TORCH_CHECK(!norm || a.epsilon, "epsilon: row ", row, " needs it");
     STD_TORCH_CHECK(field[sbm::kSlot] < a.registers, "field: row ", row, " writes no register");
@@ -193,6 +209,8 @@ void step(const Tensor& x, const MaybeTensor& network, const MaybeTensor& uncond
   auto a = common_args<S>(x, network, uncond, guidance, keys, row, coef, field, noise);
   add_slots(a, registers, x);
   a.net_input = view_like(net_input, x, "net_input");
+  check_alias(a.network, a.net_input, a.batch, "network", "net_input");
+  check_alias(a.uncond, a.net_input, a.batch, "uncond", "net_input");
   a.epsilon = vector<S>(epsilon, a.batch, dtype, "epsilon");
   a.net_time = vector<S>(net_time, a.batch, dtype, "net_time");
   a.first_bad = vector<int32_t>(first_bad, a.batch, ScalarType::Int, "first_bad");

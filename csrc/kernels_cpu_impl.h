@@ -36,7 +36,7 @@ struct Terms {
   S hi[kMaxSources], lo[kMaxSources];
 
   void add(const S* v, S h, S l) {
-    if (h == S(0) && l == S(0)) return;
+    if (h == S(0)) return;  // nobody fetched v then: see reads()
     value[count] = v, hi[count] = h, lo[count] = l;
     ++count;
   }

@@ -37,7 +37,7 @@ SBM_HD float widen(Bf16 v) { return float_of(uint32_t(v.bits) << 16); }
 
 SBM_HD float widen(Half v) {
   const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, rest = uint32_t(v.bits & 0x7fff) << 13;
-  const uint32_t infinite = rest >= 0x0f800000u ? 0x70000000u : 0u;  // keeps ∞ and NaN
+  const uint32_t infinite = rest >= 0x0f800000u ? 0x7f800000u : 0u;  // keeps ∞ and NaN
   // Multiplying by 2¹¹² moves the exponent from half's bias to float's, subnormals included.
   return float_of(bits_of(float_of(rest) * 0x1p112f) | sign | infinite);
 }
@@ -60,7 +60,7 @@ inline Half narrow<Half, float>(float v) {
   const uint32_t bits = bits_of(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
   if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to ∞
-  if (magnitude < 0x38800000) {                                  // subnormal: let an add round it
+  if (magnitude < 0x38800000) {                                   // subnormal: let an add round it
     const uint32_t sum = bits_of(float_of(magnitude) + 0.5f);
     return {uint16_t(sign | (sum - bits_of(0.5f)))};
   }
@@ -100,8 +100,7 @@ constexpr DType dtype_of() {
 // Whether the tile lies in memory just as in a buffer.
 template <class S>
 bool in_place(const TensorView& v, const Tile& t) {
-  return v.dtype == dtype_of<S>() && v.dense() &&
-         (t.samples == 1 || v.sample_stride == t.count);
+  return v.dtype == dtype_of<S>() && v.dense() && (t.samples == 1 || v.sample_stride == t.count);
 }
 
 // Calls run(memory offset, memory stride, position in the tile, length) for every run of elements
