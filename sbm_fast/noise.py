@@ -19,6 +19,7 @@ name                    stream  draw
 ======================  ======  ==========================================
 """
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -143,9 +144,7 @@ def _fill(
     backend: str,
     out: Tensor | None,
 ) -> Tensor:
-    shape = tuple(shape)
-    if not shape or any(s < 0 for s in shape):
-        raise ValueError(f"shape: expected (samples, …) with sizes ≥ 0, got {shape}")
+    shape = _checked_shape(shape)
     if out is None:
         if not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
@@ -158,6 +157,7 @@ def _fill(
         sample_keys = keys(chosen, shape[0], first_sample, out.device)
     else:
         check_keys(sample_keys, shape[0], seed, first_sample)
+        sample_keys = sample_keys.to(out.device).contiguous()
     draw = _checked_int("draw", draw, 0, 2**32)
     stream = _checked_int("stream", stream, 0, 2**32)
     fill = _implementation(kind, out, backend)
@@ -185,6 +185,16 @@ def _implementation(kind: str, out: Tensor, backend: str) -> Callable[..., None]
     if backend == "eager" or not use_compiled(out):
         return ops.REFERENCES[kind]
     return ops.OPS[kind]
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        raise TypeError(f"shape: expected integers (samples, …), got {shape!r}") from None
+    if not sizes or min(sizes) < 0:
+        raise ValueError(f"shape: expected (samples, …) with sizes ≥ 0, got {shape!r}")
+    return sizes
 
 
 def _checked_int(name: str, value: int, low: int, high: int) -> int:

@@ -129,12 +129,12 @@ class Run:
 
     def _evaluate(self, cond: dict[str, Any]) -> Tensor:
         x = self._x if self._net_input is None else self._net_input
-        version = x._version
+        version = 0 if x.is_inference() else x._version  # inference tensors don't count
         out = self._net(x, self._net_time, **cond)
         if not self._checked:
             _check_output(out, x)
             self._checked = True  # the step's own checks are enough from here on
-        if x._version != version:
+        if version != (0 if x.is_inference() else x._version):
             raise ValueError("model: the network changed its input in place")
         return out
 
@@ -178,13 +178,22 @@ class Run:
             "registers": registers.clone(),
             "keys": self._keys.clone(),
             "row": torch.tensor(self.row),
+            "first_bad": self._first_bad.clone(),
             "given_start": torch.tensor(self.plan is self._sampler._plans.get(True, (None,))[0]),
         }
 
-    def restore(self, row: int, registers: Tensor) -> None:
-        """Puts the run before `row`, with these registers."""
+    def restore(self, row: int, registers: Tensor, first_bad: Tensor) -> None:
+        """Puts the run before `row`, with these registers and what was noted of bad outputs."""
+        held = (0,) if self._registers is None else tuple(self._registers.shape)
+        if tuple(registers.shape) != held or first_bad.shape != self._first_bad.shape:
+            raise ValueError(
+                f"state: expected registers of shape {held} and first_bad of shape "
+                f"{tuple(self._first_bad.shape)}, got {tuple(registers.shape)} and "
+                f"{tuple(first_bad.shape)}"
+            )
         if self._registers is not None:
             self._registers.copy_(registers)
+        self._first_bad.copy_(first_bad)
         self.row = row
         if row < self.plan.rows and self._evaluates[row]:
             scale = float(self._coef[row - 1, 0, _lane(self.plan, "c_in_next")])

@@ -133,6 +133,8 @@ class Sampler:
         else:
             noise_module.check_keys(keys, batch, seed, first_sample)
             keys = keys.to(self.device).contiguous()
+        if noise is not None and not callable(noise):
+            raise TypeError(f"noise: expected a callable, got {type(noise).__name__}")
         plan, coef, field = self._packed(x_init is not None)
         if first_sample and (plan.norm == NORMS.index("batch_mean")).any():
             raise ValueError(
@@ -156,7 +158,9 @@ class Sampler:
 
         Raises: ValueError when the state is not one of this sampler (shape, rows).
         """
-        missing = {"x", "registers", "keys", "row", "given_start"} - set(state)
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected what Run.state() returns, got {type(state).__name__}")
+        missing = {"x", "registers", "keys", "row", "first_bad", "given_start"} - set(state)
         if missing:
             raise ValueError(f"state: lacks {sorted(missing)}; expected what Run.state() returns")
         plan, coef, field = self._packed(bool(state["given_start"].item()))
@@ -172,7 +176,7 @@ class Sampler:
         run = Run(
             self, plan, coef, field, x, keys, None, *self._conditioning(cond, guidance), noise
         )
-        run.restore(row, state["registers"])
+        run.restore(row, state["registers"], state["first_bad"])
         return run
 
     def __call__(
@@ -199,6 +203,8 @@ class Sampler:
             x_init=x_init,
             noise=noise,
         )
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
         begin = time.perf_counter()
         run.advance(progress=progress, callback=callback)
         x = run.result()
@@ -225,6 +231,8 @@ class Sampler:
             raise TypeError(f"x_init: expected a floating tensor, got {got}")
         if tuple(x_init.shape) != self.shape:
             raise ValueError(f"x_init: expected shape {self.shape}, got {tuple(x_init.shape)}")
+        if not torch.isfinite(x_init).all():
+            raise ValueError("x_init: holds values that are not finite")
         return x.copy_(x_init).mul_(plan.start_scale)
 
     def _conditioning(
@@ -244,12 +252,17 @@ class Sampler:
                 "guidance: the model has no null_cond (the conditioning that stands for none); "
                 "give it to ScoreModel(..., null_cond={...})"
             )
-        weight = torch.as_tensor(guidance, dtype=self.dtype, device=self.device)
+        try:
+            weight = torch.as_tensor(guidance, dtype=self.dtype, device=self.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"guidance: expected a number or weights, got {guidance!r}") from None
         if weight.dim() > 1 or (weight.dim() == 1 and len(weight) != self.shape[0]):
             raise ValueError(
                 f"guidance: expected a number or [{self.shape[0]}] weights, got shape "
                 f"{tuple(weight.shape)}"
             )
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"guidance: expected finite weights, got {guidance!r}")
         return cond, weight.expand(self.shape[0]).contiguous()
 
 
@@ -395,9 +408,12 @@ def _placement(
         device = torch.get_default_device() if first is None else first.device
     if net_dtype is None:
         net_dtype = dtype if first is None else first.dtype
-    if not net_dtype.is_floating_point:
-        raise TypeError(f"net_dtype: expected a floating dtype, got {net_dtype}")
-    return torch.device(device), net_dtype
+    if not isinstance(net_dtype, torch.dtype) or not net_dtype.is_floating_point:
+        raise TypeError(f"net_dtype: expected a floating dtype, got {net_dtype!r}")
+    try:
+        return torch.device(device), net_dtype
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: torch knows no device {device!r}") from None
 
 
 def _check_cuda_graph(cuda_graph: bool | str, device: torch.device) -> None:

@@ -100,7 +100,7 @@ def _add_langevin(rows: Rows, weights: Tensor, epsilon: Tensor) -> Tensor:
 def _note_bad(rows: Rows, f: Tensor, row: Tensor, first_bad: Tensor) -> None:
     reads = (rows.sources(0)[:, [F, D]] != 0).any(1) | (rows.sources(1)[:, [F, D]] != 0).any(1)
     reads |= rows.number("norm") != 0
-    bad = ~torch.isfinite(f).flatten(1).all(1) & reads & rows.live & (first_bad < 0)
+    bad = ~torch.isfinite(f).reshape(len(f), -1).all(1) & reads & rows.live & (first_bad < 0)
     first_bad.copy_(torch.where(bad, row, first_bad))
 
 

@@ -62,7 +62,7 @@ def reference(
 
 def sample_norm(v: Tensor) -> Tensor:
     """‖v_b‖ per sample [B], by the fixed tree."""
-    flat = v.flatten(1) ** 2
+    flat = v.reshape(len(v), -1) ** 2
     padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % BLOCK))
     blocks = padded.reshape(len(v), -1, BLOCK)
     while blocks.shape[-1] > 1:
