@@ -60,7 +60,8 @@ def demo(num: int, steps: int, seed: int, out: str) -> None:
         **DEMO_OPTIONS,
     )
     _report(info)
-    click.echo(f"picture   {save_grid(x, out, zoom=6)}")
+    # Ink is high in the data; on a picture it is dark.
+    click.echo(f"picture   {save_grid(x, out, data_range=(1.0, -1.0), zoom=6)}")
 
 
 @main.command()
