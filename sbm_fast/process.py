@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
+    Numbers = NDArray[Any]
 
 TOLERANCE = 1e-9
 """Relative slack at the ends of a range, for times and noise levels that were computed."""
@@ -66,48 +67,48 @@ class SDE(ABC):
     @overload
     def mean_scale(self, t: float) -> float: ...
     @overload
-    def mean_scale(self, t: Array) -> Array: ...
-    def mean_scale(self, t: float | Array) -> float | Array:
+    def mean_scale(self, t: Numbers) -> Array: ...
+    def mean_scale(self, t: float | Numbers) -> float | Array:
         """m(t), the factor of x_0 in x_t."""
         return self._at(self._mean_scale, t)
 
     @overload
     def std(self, t: float) -> float: ...
     @overload
-    def std(self, t: Array) -> Array: ...
-    def std(self, t: float | Array) -> float | Array:
+    def std(self, t: Numbers) -> Array: ...
+    def std(self, t: float | Numbers) -> float | Array:
         """σ(t), the standard deviation of x_t given x_0."""
         return self._at(self._std, t)
 
     @overload
     def nsr(self, t: float) -> float: ...
     @overload
-    def nsr(self, t: Array) -> Array: ...
-    def nsr(self, t: float | Array) -> float | Array:
+    def nsr(self, t: Numbers) -> Array: ...
+    def nsr(self, t: float | Numbers) -> float | Array:
         """σ(t)/m(t), the noise-to-signal ratio."""
         return self._at(self._nsr, t)
 
     @overload
     def drift_coef(self, t: float) -> float: ...
     @overload
-    def drift_coef(self, t: Array) -> Array: ...
-    def drift_coef(self, t: float | Array) -> float | Array:
+    def drift_coef(self, t: Numbers) -> Array: ...
+    def drift_coef(self, t: float | Numbers) -> float | Array:
         """f(t): the drift is f(t) x. TypeError on a discrete ladder."""
         return self._at(self._drift_coef, t)
 
     @overload
     def diffusion(self, t: float) -> float: ...
     @overload
-    def diffusion(self, t: Array) -> Array: ...
-    def diffusion(self, t: float | Array) -> float | Array:
+    def diffusion(self, t: Numbers) -> Array: ...
+    def diffusion(self, t: float | Numbers) -> float | Array:
         """g(t), the factor of dw. TypeError on a discrete ladder."""
         return self._at(self._diffusion, t)
 
     @overload
     def time_at_nsr(self, r: float) -> float: ...
     @overload
-    def time_at_nsr(self, r: Array) -> Array: ...
-    def time_at_nsr(self, r: float | Array) -> float | Array:
+    def time_at_nsr(self, r: Numbers) -> Array: ...
+    def time_at_nsr(self, r: float | Numbers) -> float | Array:
         """The time at which σ/m is r: the inverse of `nsr`, in closed form.
 
         Raises:

@@ -52,12 +52,12 @@ def test_geometric_ladder(levels: int) -> None:
 def test_ddpm_published_numbers() -> None:
     ladder = DDPMSchedule.linear()
     assert ladder.levels == 1000 and ladder.prior_std == 1
-    assert ladder.alphas_cumprod[-1] == pytest.approx(4.036e-5, rel=1e-4)
+    assert ladder.alphas_cumprod[-1] == pytest.approx(4.036e-5, rel=1e-4, abs=0)
     assert ladder.betas[0] == 1e-4 and ladder.betas[-1] == 0.02
     # score_sde's discrete VP is the same table; its first level is σ = .01, not 0.
     np.testing.assert_allclose(ladder.betas, np.linspace(0.1 / 1000, 20 / 1000, 1000), rtol=1e-14)
-    assert ladder.std(0) == pytest.approx(0.01, rel=1e-13)
-    assert ladder.mean_scale(999) == pytest.approx(VPSDE().mean_scale(1.0), rel=0.04)
+    assert ladder.std(0) == pytest.approx(0.01, rel=1e-13, abs=0)
+    assert ladder.mean_scale(999) == pytest.approx(VPSDE().mean_scale(1.0), rel=0.04, abs=0)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_ddpm_levels_against_exact_products(ladder: DDPMSchedule) -> None:
             for name, value in truth.items():
                 got = getattr(ladder, name)(i)
                 assert abs(Dec(float(got)) / value - 1) < Dec("1e-14"), (name, i)
-            assert ladder.alphas_cumprod[i] == pytest.approx(float(a), rel=1e-14)
+            assert ladder.alphas_cumprod[i] == pytest.approx(float(a), rel=1e-14, abs=0)
 
 
 @pytest.mark.parametrize(("levels", "offset"), [(1, 0.008), (50, 0.0), (1000, 0.008)])
@@ -113,7 +113,7 @@ def test_cosine_first_beta_keeps_its_digits() -> None:
 
         first, zeroth = cos((Fraction(1, n) + s) / (1 + s)), cos(s / (1 + s))
         truth = 1 - (first / zeroth) ** 2
-    assert DDPMSchedule.cosine().betas[0] == pytest.approx(float(truth), rel=1e-14)
+    assert DDPMSchedule.cosine().betas[0] == pytest.approx(float(truth), rel=1e-14, abs=0)
 
 
 @ladders
@@ -142,6 +142,13 @@ def test_time_at_nsr(ladder: Ladder) -> None:
     levels = np.arange(ladder.levels)
     at_levels = ladder.time_at_nsr(ladder.nsr(levels))
     np.testing.assert_array_equal(at_levels, levels)  # to the bit: indices are table entries
+    # A level's nsr that another formula rounded otherwise must not become index i − 1e-13, which a
+    # table of embeddings would truncate to i − 1; levels nearby are left alone.
+    for toward in (0, np.inf):
+        rounded = np.clip(np.nextafter(ladder.nsr(levels), toward), *ladder.nsr_range)
+        np.testing.assert_array_equal(ladder.time_at_nsr(rounded), levels)
+    near = levels[:-1] + 1e-9
+    np.testing.assert_allclose(ladder.time_at_nsr(ladder.nsr(near)) - near, 0, atol=2e-11)
     assert [ladder.time_at_nsr(float(r)) for r in ladder.nsr(levels[:5])] == levels[:5].tolist()
     t = np.linspace(0, ladder.t_max, 1237)
     np.testing.assert_allclose(ladder.time_at_nsr(ladder.nsr(t)), t, atol=1e-11, rtol=1e-12)
@@ -265,14 +272,15 @@ def brute_force(data: np.ndarray) -> float:
 def test_largest_pairwise_distance(n: int, d: int, chunk: int, shift: float, seed: int) -> None:
     data = np.random.default_rng(seed).normal(size=(n, d)) + shift
     got = largest_pairwise_distance(data, chunk=chunk)
-    assert got == pytest.approx(brute_force(data), rel=1e-12)
+    assert got == pytest.approx(brute_force(data), rel=1e-12, abs=0)
 
 
 def test_largest_pairwise_distance_of_tensors() -> None:
     images = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     truth = brute_force(images.numpy())
-    assert largest_pairwise_distance(images, chunk=7) == pytest.approx(truth, rel=1e-13)
-    assert largest_pairwise_distance(images.requires_grad_()) == pytest.approx(truth, rel=1e-13)
+    assert largest_pairwise_distance(images, chunk=7) == pytest.approx(truth, rel=1e-13, abs=0)
+    images.requires_grad_()
+    assert largest_pairwise_distance(images) == pytest.approx(truth, rel=1e-13, abs=0)
     low = images.detach().bfloat16()
     assert largest_pairwise_distance(low) == pytest.approx(brute_force(low.float().numpy()))
     assert largest_pairwise_distance(np.zeros((3, 2))) == 0

@@ -105,7 +105,7 @@ def test_gaussian_data_under_every_sde(own: SDE, run: SDE, predicts: str) -> Non
         for coordinate in ("x", "x/m"):
             match = model.match(run, t, coordinate)
             m = float(run.mean_scale(t)) if coordinate == "x" else 1.0
-            assert match.m == m and match.sigma == pytest.approx(m * r, rel=1e-12)
+            assert match.m == m and match.sigma == pytest.approx(m * r, rel=1e-12, abs=0)
             variance = (m * STD) ** 2 + match.sigma**2
             truth = (m * STD**2 / variance * x, -x / variance, match.sigma / variance * x)
             for got, expected in zip(evaluate(model, match, x), truth, strict=True):
@@ -146,11 +146,11 @@ def test_forms_are_those_of_the_run_s_own_level(own: SDE, run: SDE, predicts: st
             (parameterization.noise, match.noise),
         ):
             expected = form(predicts, m, sigma, SIGMA_DATA)
-            assert got.x == pytest.approx(expected.x, rel=1e-11)
+            assert got.x == pytest.approx(expected.x, rel=1e-11, abs=0)
             # s_net = s_run / k
-            assert pytest.approx(expected.F * factor, rel=1e-11) == got.F
+            assert pytest.approx(expected.F * factor, rel=1e-11, abs=0) == got.F
         c_in = parameterization.input_scale(predicts, m, sigma, SIGMA_DATA)
-        assert match.c_in == pytest.approx(c_in if predicts == "edm" else k, rel=1e-11)
+        assert match.c_in == pytest.approx(c_in if predicts == "edm" else k, rel=1e-11, abs=0)
 
 
 @every_sde
@@ -171,7 +171,7 @@ def test_under_its_own_sde_nothing_is_rescaled(run: SDE, predicts: str, known: b
         assert (match.m, match.sigma) == level[:2]
         scaled = model.match(run, t, "x/m")
         assert (scaled.m, scaled.sigma) == (1.0, float(run.nsr(t))) and scaled.label == t
-        assert scaled.c_in == pytest.approx(match.c_in * level[0], rel=1e-15)
+        assert scaled.c_in == pytest.approx(match.c_in * level[0], rel=1e-15, abs=0)
 
 
 @every_prediction
@@ -185,7 +185,7 @@ def test_small_noise_keeps_its_digits(predicts: str) -> None:
         (parameterization.noise, match.noise),
     ):
         expected = form(predicts, 1.0, 1e-6)
-        assert (got.x, got.F) == pytest.approx((expected.x, expected.F), rel=1e-11)
+        assert (got.x, got.F) == pytest.approx((expected.x, expected.F), rel=1e-11, abs=0)
 
 
 def test_labels() -> None:
@@ -201,14 +201,14 @@ def test_labels() -> None:
     for own in (sde, None):
         for time, label in expected.items():
             match = ScoreModel(identity, time=time, sde=own).match(sde, t)
-            assert match.label == pytest.approx(label, rel=1e-15), time
+            assert match.label == pytest.approx(label, rel=1e-15, abs=0), time
     ladder = DDPMSchedule.linear()
-    for own in (ladder, None):
-        model = ScoreModel(identity, "eps", "index", own)
+    for trained in (ladder, None):
+        model = ScoreModel(identity, "eps", "index", trained)
         assert [model.match(ladder, i).label for i in range(1000)] == list(range(1000))
     # Under another SDE the label is that of the network's own time with the same noise.
     vp = ScoreModel(identity, "eps", "999t", sde).match(EDMSDE(), nsr)
-    assert (vp.label, vp.time) == (pytest.approx(999 * t, rel=1e-13), pytest.approx(t, rel=1e-13))
+    assert (vp.label, vp.time) == pytest.approx((999 * t, t), rel=1e-13, abs=0)
     model = ScoreModel(identity, "eps", "index", ladder)
     assert model.match(EDMSDE(), float(ladder.nsr(17))).label == 17  # to the bit
     assert 17 < model.match(EDMSDE(), float(ladder.nsr(17)) * 1.001).label < 18
@@ -275,7 +275,7 @@ def test_times_of_the_run(own: SDE | None) -> None:
             model.match(VPSDE(), bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^t: expected a finite number"):
         model.match(VPSDE(), math.nan)
-    assert model.match(VPSDE(), np.float32(0.5)).time == 0.5  # type: ignore[arg-type]
+    assert model.match(VPSDE(), np.float32(0.5)).time == 0.5
 
 
 LADDER = DDPMSchedule.linear(10)

@@ -122,10 +122,10 @@ def test_forms_agree_with_each_other(
 ) -> None:
     """m D + σ ε = x and s = −ε/σ, as forms."""
     d, s, e = (form(predicts, m, sigma, sigma_data) for form in FORMS.values())
-    assert m * d.x + sigma * e.x == pytest.approx(1, rel=1e-14)
+    assert m * d.x + sigma * e.x == pytest.approx(1, rel=1e-14, abs=0)
     assert m * d.F + sigma * e.F == pytest.approx(0, abs=1e-14 * abs(sigma * e.F))
-    assert s.x == pytest.approx(-e.x / sigma, rel=1e-14)
-    assert pytest.approx(-e.F / sigma, rel=1e-14) == s.F
+    assert s.x == pytest.approx(-e.x / sigma, rel=1e-14, abs=0)
+    assert pytest.approx(-e.F / sigma, rel=1e-14, abs=0) == s.F
 
 
 def test_edm_score_does_not_cancel() -> None:
@@ -142,10 +142,10 @@ def test_edm_score_does_not_cancel() -> None:
 def test_karras_table_1() -> None:
     for sigma in np.geomspace(0.002, 80, 7).tolist():
         d = denoiser("edm", 1.0, sigma, 0.5)
-        assert d.x == pytest.approx(0.25 / (sigma**2 + 0.25), rel=1e-14)
-        assert pytest.approx(sigma * 0.5 / math.sqrt(sigma**2 + 0.25), rel=1e-14) == d.F
+        assert d.x == pytest.approx(0.25 / (sigma**2 + 0.25), rel=1e-14, abs=0)
+        assert pytest.approx(sigma * 0.5 / math.sqrt(sigma**2 + 0.25), rel=1e-14, abs=0) == d.F
         c_in = input_scale("edm", 1.0, sigma, 0.5)
-        assert c_in == pytest.approx(1 / math.sqrt(sigma**2 + 0.25), rel=1e-14)
+        assert c_in == pytest.approx(1 / math.sqrt(sigma**2 + 0.25), rel=1e-14, abs=0)
 
 
 @reproducible
@@ -153,7 +153,7 @@ def test_karras_table_1() -> None:
 def test_input_scale(m: float, sigma: float, sigma_data: float) -> None:
     """c_in makes data of standard deviation σ_data a network input of standard deviation 1."""
     std = math.hypot(m * sigma_data, sigma)
-    assert input_scale("edm", m, sigma, sigma_data) * std == pytest.approx(1, rel=1e-14)
+    assert input_scale("edm", m, sigma, sigma_data) * std == pytest.approx(1, rel=1e-14, abs=0)
     assert all(input_scale(p, m, sigma, sigma_data) == 1 for p in PREDICTIONS if p != "edm")
 
 

@@ -28,7 +28,7 @@ def test_grids_decrease_from_end_to_end(sde: SDE, kind: str, steps: int) -> None
     assert grid[0] == sde.t_max and (np.diff(grid) < 0).all()
     if steps > 1 and kind != "trailing":
         assert grid[-1] == sde.t_min
-    assert (time_grid(sde, np.int64(steps), kind) == grid).all()  # type: ignore[arg-type]
+    assert (time_grid(sde, np.int64(steps), kind) == grid).all()
 
 
 @sdes
@@ -40,7 +40,7 @@ def test_formulas(sde: SDE) -> None:
         return time_grid(sde, n, kind, t_max=high, t_min=low, **options)
 
     r0, r1 = sde.nsr(high), sde.nsr(low)
-    close = {"rtol": 1e-12}
+    close: dict[str, Any] = {"rtol": 1e-12}
     np.testing.assert_allclose(grid("uniform"), high + u * (low - high), **close)
     np.testing.assert_allclose(np.sqrt(grid("quadratic")), high**0.5 * (1 - u) + low**0.5 * u)
     logs = np.log(r0) * (1 - u) + np.log(r1) * u
