@@ -88,7 +88,9 @@ class Sampler:
         self.kernels: Kernels = choose_backend(backend, self.device)
         _check_cuda_graph(cuda_graph, self.device)
         self.cond, self.guidance = cond, guidance
+        # The peer's own SDE object knows its N, which `as_sde` has no place for.
         self._plan_arguments = dict(
+            sde=sde,
             method=method,
             steps=steps,
             t_max=t_max,
@@ -110,7 +112,7 @@ class Sampler:
     def _packed(self, given_start: bool) -> tuple[Plan, Tensor, Tensor]:
         if given_start not in self._plans:
             arguments: dict[str, Any] = self._plan_arguments
-            plan = make_plan(model=self.model, sde=self.sde, given_start=given_start, **arguments)
+            plan = make_plan(model=self.model, given_start=given_start, **arguments)
             self._plans[given_start] = plan, *plan.pack(self.dtype, self.device)
         return self._plans[given_start]
 
