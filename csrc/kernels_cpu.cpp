@@ -1,9 +1,9 @@
 // Which table of kernels this processor gets.
 #include "kernels_cpu.h"
 
-#include <stdlib.h>
 #include <string.h>
 
+#include "cpu_level.h"
 #include "parallel.h"
 
 namespace sbm {
@@ -11,19 +11,9 @@ namespace {
 
 const CpuKernels& choose() {
 #if SBM_X86
-  const char* asked = getenv("SBM_FAST_CPU");
-  if (asked && !*asked) asked = nullptr;
-  const auto allowed = [&](const char* level) {
-    if (!asked || !strcmp(asked, level)) return true;
-    return !strcmp(asked, "avx512") && !strcmp(level, "avx2");
-  };
-  __builtin_cpu_init();
-  if (allowed("avx512") && (!asked || !strcmp(asked, "avx512")) &&
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-    return avx512_kernels();
-  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return avx2_kernels();
+  const char* level = cpu_level();
+  if (!strcmp(level, "avx512")) return avx512_kernels();
+  if (!strcmp(level, "avx2")) return avx2_kernels();
 #endif
   return portable_kernels();
 }

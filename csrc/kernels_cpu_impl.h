@@ -51,7 +51,7 @@ void sum_terms(const Terms<S>& t, S* out, int64_t n) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     S e[N];
-#pragma GCC unroll 16
+    SBM_UNROLL
     for (int k = 0; k < N; ++k) e[k] = v[k][i];
     out[i] = combine<S, N>(hi, lo, e);
   }
@@ -60,11 +60,10 @@ void sum_terms(const Terms<S>& t, S* out, int64_t n) {
 template <class S>
 void sum_terms(const Terms<S>& t, S* out, int64_t n) {
   using Sum = void (*)(const Terms<S>&, S*, int64_t);
-  static constexpr Sum kSums[] = {sum_terms<S, 0>, sum_terms<S, 1>,  sum_terms<S, 2>,
-                                  sum_terms<S, 3>, sum_terms<S, 4>,  sum_terms<S, 5>,
-                                  sum_terms<S, 6>, sum_terms<S, 7>,  sum_terms<S, 8>,
-                                  sum_terms<S, 9>, sum_terms<S, 10>, sum_terms<S, 11>,
-                                  sum_terms<S, 12>};
+  static constexpr Sum kSums[] = {
+      sum_terms<S, 0>,  sum_terms<S, 1>,  sum_terms<S, 2>, sum_terms<S, 3>, sum_terms<S, 4>,
+      sum_terms<S, 5>,  sum_terms<S, 6>,  sum_terms<S, 7>, sum_terms<S, 8>, sum_terms<S, 9>,
+      sum_terms<S, 10>, sum_terms<S, 11>, sum_terms<S, 12>};
   static_assert(sizeof kSums / sizeof *kSums == kMaxSources + 1, "one sum per number of terms");
   kSums[t.count](t, out, n);
 }

@@ -12,8 +12,7 @@ namespace {
 void squares(const StepArgs<float>& args, const Tile& tile, SquareSums<float>* sums, float* z) {
   cpu_kernels().squares_f32(args, tile, sums, z);
 }
-void squares(const StepArgs<double>& args, const Tile& tile, SquareSums<double>* sums,
-             double* z) {
+void squares(const StepArgs<double>& args, const Tile& tile, SquareSums<double>* sums, double* z) {
   cpu_kernels().squares_f64(args, tile, sums, z);
 }
 

@@ -39,9 +39,9 @@ SBM_HD void philox_lanes(const typename P::W* counter, uint32_t draw, uint32_t s
     c0[v] = counter[v], c1[v] = P::high(counter[v]);
     c2[v] = P::setw(draw), c3[v] = P::setw(stream);
   }
-#pragma GCC unroll 10
+  SBM_UNROLL
   for (int round = 0; round < kPhiloxRounds; ++round) {
-#pragma GCC unroll 4
+    SBM_UNROLL
     for (int v = 0; v < n; ++v) {
       const W p0 = P::mul_low(c0[v], P::setw(kPhiloxM0));
       const W p1 = P::mul_low(c2[v], P::setw(kPhiloxM1));
@@ -90,8 +90,8 @@ SBM_HD void store_noise(const Lanes<P>& n, float* out) {
 
 // `groups` consecutive Philox calls of one key.
 template <class P, NoiseKind kind>
-void fill_sample(uint64_t key, uint64_t first_group, int64_t groups, uint32_t draw,
-                 uint32_t stream, float* out) {
+void fill_sample(uint64_t key, uint64_t first_group, int64_t groups, uint32_t draw, uint32_t stream,
+                 float* out) {
   using W = typename P::W;
   constexpr int kPairs = 2;
   uint64_t start[2 * kPairs][P::kLanes / 2];
@@ -101,15 +101,13 @@ void fill_sample(uint64_t key, uint64_t first_group, int64_t groups, uint32_t dr
   W c[2 * kPairs];
   for (int v = 0; v < 2 * kPairs; ++v) c[v] = P::loadw(start[v]);
   const RoundKeys<P> round_keys(P::setw(key), P::setw(key >> 32));
-  const RoundKeys<P>* const keys[2 * kPairs] = {&round_keys, &round_keys, &round_keys,
-                                                &round_keys};
+  const RoundKeys<P>* const keys[2 * kPairs] = {&round_keys, &round_keys, &round_keys, &round_keys};
   const W step = P::setw(kPairs * P::kLanes);
   Lanes<P> noise[kPairs];
   int64_t g = 0;
   for (; g + P::kLanes < groups; g += kPairs * P::kLanes) {
     philox_lanes<P, kPairs>(c, draw, stream, keys, noise);
-    for (int i = 0; i < kPairs; ++i)
-      store_noise<P, kind>(noise[i], out + 4 * (g + i * P::kLanes));
+    for (int i = 0; i < kPairs; ++i) store_noise<P, kind>(noise[i], out + 4 * (g + i * P::kLanes));
     for (int v = 0; v < 2 * kPairs; ++v) c[v] = P::addw(c[v], step);
   }
   if (g >= groups) return;

@@ -9,6 +9,13 @@
 #define SBM_HD static inline __attribute__((always_inline))
 #endif
 
+// Before a loop over a few compile-time steps.
+#if defined(__CUDACC__)
+#define SBM_UNROLL _Pragma("unroll")
+#else
+#define SBM_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace sbm {
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipliers

@@ -40,9 +40,9 @@ SBM_HD double fused(double a, double b, double c) { return ::fma(a, b, c); }
 template <class S, int N>
 SBM_HD S combine(const S* hi, const S* lo, const S* v) {
   S acc = S(0);
-#pragma GCC unroll 16
+  SBM_UNROLL
   for (int k = 0; k < N; ++k) acc = fused(lo[k], v[k], acc);
-#pragma GCC unroll 16
+  SBM_UNROLL
   for (int k = 0; k < N; ++k) acc = fused(hi[k], v[k], acc);
   return acc;
 }

@@ -17,9 +17,7 @@ struct Tiling {
   }
 
   int64_t count() const {
-    return numel == 0 ? 0
-           : together > 1 ? (batch + together - 1) / together
-                          : batch * per_sample;
+    return numel == 0 ? 0 : together > 1 ? (batch + together - 1) / together : batch * per_sample;
   }
 
   Tile operator[](int64_t i) const {
