@@ -105,7 +105,7 @@ def _in_nsr(sde: SDE, kind: str, high: float, low: float, rho: float, n: int) ->
         ratios = np.exp(_line(math.log(top), math.log(bottom), n))
     else:
         ratios = _line(top ** (1 / rho), bottom ** (1 / rho), n) ** rho
-    return sde.time_at_nsr(np.clip(ratios, bottom, top))
+    return sde.time_at_nsr(ratios)
 
 
 def _line(start: float, end: float, n: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,9 @@ def test_ladder_grids_of_the_papers() -> None:
     # diffusers' "linspace" and "trailing" (Lin et al. 2024, Table 2)
     linspace = np.linspace(0, 999, 25).round()[::-1]
     np.testing.assert_array_equal(time_grid(LADDER, 25, "uniform"), linspace)
+    for steps in range(2, 501):  # half levels go to the even one, as np.round and round do
+        exact = [round(Fraction(999 * k, steps - 1)) for k in range(steps - 1, -1, -1)]
+        np.testing.assert_array_equal(time_grid(LADDER, steps, "uniform"), exact)
     for steps in (10, 16, 50, 999, 1000):
         trailing = np.round(np.arange(steps, 0, -1) * 1000 / steps) - 1
         np.testing.assert_array_equal(time_grid(LADDER, steps, "trailing"), trailing)
@@ -145,6 +149,7 @@ def test_one_step() -> None:
     assert time_grid(VPSDE(), 1, t_max=5e-4).tolist() == [5e-4]  # below the SDE's own t_min
     assert time_grid(LADDER, 1, t_max=0).tolist() == [0.0]
     assert time_grid(NCSNLadder([1.0]), 1).tolist() == [0.0]
+    assert time_grid(VPSDE(), 1, "log_snr", t_max=0.5, t_min=0.5).tolist() == [0.5]
 
 
 def test_a_range_of_ones_own() -> None:
