@@ -46,9 +46,10 @@ TensorView view(const Tensor& t, int64_t first, const char* name) {
   TensorView v;
   v.data = t.data_ptr();
   v.dtype = dtype_of(t, name);
-  v.sample_stride = t.stride(first);
-  for (int64_t d = first + 1; d < t.dim(); ++d) {
-    const int64_t size = t.size(d), stride = t.stride(d);
+  const auto sizes = t.sizes(), strides = t.strides();
+  v.sample_stride = strides[size_t(first)];
+  for (size_t d = size_t(first) + 1; d < sizes.size(); ++d) {
+    const int64_t size = sizes[d], stride = strides[d];
     if (size == 1) continue;
     if (v.dims > 0 && v.stride[v.dims - 1] == size * stride) {
       v.size[v.dims - 1] *= size;
@@ -69,15 +70,13 @@ int64_t samples(const Tensor& x, const char* name) {
 
 int64_t numel_of_sample(const Tensor& x) {
   int64_t n = 1;
-  for (int64_t d = 1; d < x.dim(); ++d) n *= x.size(d);
+  for (int64_t size : x.sizes().slice(1)) n *= size;
   return n;
 }
 
 TensorView view_like(const MaybeTensor& t, const Tensor& x, const char* name) {
   if (!t) return {};
-  bool same = t->dim() == x.dim();
-  for (int64_t d = 0; same && d < x.dim(); ++d) same = t->size(d) == x.size(d);
-  STD_TORCH_CHECK(same, name, ": expected the shape of x");
+  STD_TORCH_CHECK(t->sizes() == x.sizes(), name, ": expected the shape of x");
   return view(*t, 0, name);
 }
 
@@ -166,9 +165,9 @@ sbm::StepArgs<S> common_args(const Tensor& x, const MaybeTensor& network, const 
 template <class S>
 void add_slots(sbm::StepArgs<S>& a, const MaybeTensor& registers, const Tensor& x) {
   if (a.registers == 0) return;
-  bool same = registers && registers->dim() == x.dim() + 1 && registers->size(0) >= a.registers;
-  for (int64_t d = 0; same && d < x.dim(); ++d) same = registers->size(d + 1) == x.size(d);
-  STD_TORCH_CHECK(same, "registers: expected [", a.registers, ", *x.shape]");
+  STD_TORCH_CHECK(registers && registers->dim() == x.dim() + 1 &&
+                      registers->size(0) >= a.registers && registers->sizes().slice(1) == x.sizes(),
+                  "registers: expected [", a.registers, ", *x.shape]");
   TensorView slot = view(*registers, 1, "registers");
   const int64_t step = registers->stride(0) * int64_t(sizeof(S));
   STD_TORCH_CHECK(slot.dtype == a.x.dtype, "registers: expected the dtype of x");

@@ -242,21 +242,32 @@ void step(const StepArgs<S>& args, const Tile& tile) {
   if (args.row_of(tile.sample) >= 0) TileStep<P, S>(args, tile).run();
 }
 
+// One halving of a known width, so that the last ones need no loops.
+template <int kWidth, class S>
+SBM_HD void halve(S* w) {
+  SBM_UNROLL
+  for (int i = 0; i < kWidth / 2; ++i) w[i] += w[i + kWidth / 2];
+}
+
 // Pairwise sum of squares: padded with zeros to a power of two, then halved until one is left.
+// (Padding further changes nothing, so 16 is the least.)
 template <class S>
 S sum_squares(const S* v, int64_t n) {
-  Buffer<S> half;
-  S* const w = half.v;
-  int64_t width = 1;
+  Buffer<S> squares;
+  S* const w = squares.v;
+  int64_t width = 16;
   while (width < n) width *= 2;
   for (int64_t i = 0; i < n; ++i) w[i] = v[i] * v[i];
   for (int64_t i = n; i < width; ++i) w[i] = S(0);
-  while (width > 1) {
-    width /= 2;
+  for (; width > 16; width /= 2) {
+    const int64_t half = width / 2;
 #pragma GCC ivdep
-    for (int64_t i = 0; i < width; ++i) w[i] += w[i + width];
+    for (int64_t i = 0; i < half; ++i) w[i] += w[i + half];
   }
-  return w[0];
+  halve<16>(w);
+  halve<8>(w);
+  halve<4>(w);
+  return w[0] + w[1];
 }
 
 // Rows without a norm give zeros.

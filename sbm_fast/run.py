@@ -72,6 +72,7 @@ class Run:
         self._step, self._net = sampler.kernels.affine_step_, sampler.model.net
         self._null_cond = dict(sampler.model.null_cond or {})
         self._checked = False
+        self._counts = not x.is_inference()  # inference tensors have no version counter
         self._needs_noise = ((plan.coef[:, :, Z] != 0).any(axis=1) | (plan.norm != 0)).tolist()
 
     @property
@@ -129,12 +130,12 @@ class Run:
 
     def _evaluate(self, cond: dict[str, Any]) -> Tensor:
         x = self._x if self._net_input is None else self._net_input
-        version = 0 if x.is_inference() else x._version  # inference tensors don't count
+        version = x._version if self._counts else 0
         out = self._net(x, self._net_time, **cond)
         if not self._checked:
             _check_output(out, x)
             self._checked = True  # the step's own checks are enough from here on
-        if version != (0 if x.is_inference() else x._version):
+        if self._counts and x._version != version:
             raise ValueError("model: the network changed its input in place")
         return out
 
