@@ -9,7 +9,7 @@ instead: coefficients computed ahead, the state and the noise updated in place.
 Their noise can be replaced, so that all implementations can be compared on the same numbers.
 """
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +32,22 @@ def per_sample(v: Tensor) -> Tensor:
     return v[:, None, None, None]
 
 
-class VP(ABC):
-    """dx = −½β(t) x dt + √β(t) dw, as score_sde evaluates it: on a vector of times.
+class SDE(ABC):
+    """Abstract, as score_sde's are: that makes the class that every step defines dearer."""
 
-    Abstract as its SDEs are: that makes a new class, which every step asks for, dearer.
-    """
+    @property
+    @abstractmethod
+    def T(self) -> int: ...
+
+    @abstractmethod
+    def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class VP(SDE):
+    """dx = −½β(t) x dt + √β(t) dw, as score_sde evaluates it: on a vector of times."""
 
     def __init__(self) -> None:
         self.N = STEPS

@@ -13,7 +13,7 @@ from benchmarks.buffers import pc_buffers
 from benchmarks.measure import Measurement, threads
 from benchmarks.workloads import WORKLOADS, Workload
 
-PAIRS = [pytest.param(w, label, id=f"{w.title}-{label}") for w in WORKLOADS for label in w.labels]
+PAIRS = [pytest.param(w, label, id=label) for w in WORKLOADS for label in w.labels]
 
 
 @pytest.mark.parametrize(("workload", "label"), PAIRS)
