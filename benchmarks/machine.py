@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -39,6 +40,24 @@ def facts() -> dict[str, object]:
         "commit": _commit(),
         "threads_available": torch.get_num_threads(),
     }
+
+
+def busy_cores(seconds: float = 1.0) -> float:
+    """How many cores everybody together keeps busy while this process sleeps.
+
+    More than a few percent spoils what runs on all cores: its slowest thread waits for a time
+    slice at every step, even behind a process of the lowest priority.
+    """
+    before, begin = _busy_ticks(), time.perf_counter()
+    time.sleep(seconds)
+    elapsed = time.perf_counter() - begin
+    return (_busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / elapsed
+
+
+def _busy_ticks() -> int:
+    """All but idle and iowait of /proc/stat's first line; guest time is in user time already."""
+    ticks = [int(v) for v in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return sum(ticks) - ticks[3] - ticks[4]
 
 
 def headline() -> str:
