@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import buffers
-from benchmarks.machine import ROOT, facts, headline, require_compiled
+from benchmarks.machine import ROOT, busy_cores, facts, headline, require_compiled
 from benchmarks.measure import Measurement, measure
 from benchmarks.workloads import WORKLOADS, Goal
 
+QUIET = 0.1
+"""Cores that others may keep busy."""
 RECORD = ROOT / "benchmarks" / "results" / "cpu.json"
 
 
@@ -52,12 +54,15 @@ def verdict(value: float, goal: Goal) -> str:
     return "goal" if value >= goal.goal else "missed"
 
 
-def record(measurements: Iterable[Measurement], held: dict[str, float]) -> dict[str, Any]:
+def record(
+    measurements: Iterable[Measurement], held: dict[str, float], busy: float
+) -> dict[str, Any]:
     """What benchmarks/results/cpu.json holds; times in seconds per step."""
     return {
         "command": " ".join(["python -m benchmarks.report", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": facts(),
+        "cores_busy_before": round(busy, 2),
         "workloads": [_entry(m) for m in measurements],
         "pc_buffers": {"shape": buffers.SHAPE, "goal": 4, "moonshot": 3, "held": held},
     }
@@ -97,6 +102,9 @@ def main() -> None:
     except RuntimeError as error:
         sys.exit(str(error))
     print(headline(), flush=True)
+    busy = busy_cores()
+    if busy > QUIET:
+        print(f"warning: other processes keep {busy:.2f} cores busy; these times mean little")
     measurements = []
     for workload in WORKLOADS:
         print(f"measuring {workload.title} …", file=sys.stderr, flush=True)
@@ -104,7 +112,7 @@ def main() -> None:
     held = buffers.pc_buffers()
     print(table(measurements, held))
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record(measurements, held), indent=1, ensure_ascii=False)
+    text = json.dumps(record(measurements, held, busy), indent=1, ensure_ascii=False)
     out.write_text(text + "\n", encoding="utf-8")
     print(f"written to {out}")
 
