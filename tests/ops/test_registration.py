@@ -1,0 +1,211 @@
+"""The ops as torch sees them: schemas, fakes, compilation, checks, and life without the library."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import noise_cases
+import op_cases as cases
+import pytest
+import torch
+from torch import Tensor
+
+from sbm_fast import _load, noise
+from sbm_fast.ops import affine_step, langevin_epsilon
+from sbm_fast.ops import noise as noise_ops
+from sbm_fast.ops._library import SCHEMAS
+
+needs_compiled = pytest.mark.skipif(not _load.COMPILED, reason=_load.REASON)
+OPS = torch.ops.sbm_fast
+NAMES = ("x", "network", "uncond", "guidance", "registers", "keys", "row", "coef", "field")
+STEP = (*NAMES, "epsilon", "noise", "net_input", "net_time", "first_bad")
+
+
+def step_arguments(case: cases.Case) -> dict[str, Any]:
+    batch, dtype = len(case.x), case.x.dtype
+    given = {name: getattr(case, name) for name in NAMES}
+    return given | {
+        "epsilon": torch.zeros(batch, dtype=dtype),
+        "noise": case.noise,
+        "net_input": torch.zeros_like(case.x, dtype=case.net_dtype),
+        "net_time": torch.zeros(batch, dtype=dtype),
+        "first_bad": case.first_bad,
+    }
+
+
+def test_every_op_is_registered() -> None:
+    expected = {"normal_", "uniform_", "rademacher_", "words_", "keys_"}
+    assert set(SCHEMAS) == expected | {"affine_step_", "langevin_epsilon_"}
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_schemas_of_cpp_and_python_are_one(name: str) -> None:
+    assert str(getattr(OPS, name).default._schema) == SCHEMAS[name]
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "rademacher", "words"])
+def test_opcheck_noise(kind: str) -> None:
+    dtype = torch.int32 if kind == "words" else torch.float32
+    for shape in ((3, 5), (2, 3, 4, 4), (0, 2)):
+        arguments = (torch.zeros(shape, dtype=dtype), noise.keys(0, shape[0]), 1, 2)
+        torch.library.opcheck(noise_ops.OPS[kind], arguments)
+
+
+def test_opcheck_keys() -> None:
+    torch.library.opcheck(noise_ops.keys_, (torch.zeros(4, dtype=torch.int64), 3, 1))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_step(dtype: torch.dtype, guided: bool) -> None:
+    case = cases.make((10, 3, 4), dtype=dtype, guided=guided, explicit=guided)
+    arguments = step_arguments(case)
+    torch.library.opcheck(affine_step.affine_step_, tuple(arguments[n] for n in STEP))
+    start = cases.make((2, 3), [0, 0], dtype=dtype)
+    plain = step_arguments(start) | dict.fromkeys(
+        ("network", "epsilon", "net_input", "net_time", "first_bad")
+    )
+    torch.library.opcheck(affine_step.affine_step_, tuple(plain[n] for n in STEP))
+
+
+def test_opcheck_epsilon() -> None:
+    a = step_arguments(cases.make((10, 3, 4)))
+    first = (a["epsilon"], a["x"], a["network"], a["uncond"], a["guidance"])
+    rest = (a["keys"], a["row"], a["coef"], a["field"], a["noise"])
+    torch.library.opcheck(langevin_epsilon.langevin_epsilon_, first + rest)
+
+
+def a_row(case: cases.Case) -> Callable[[Tensor, Tensor], Tensor]:
+    arguments = step_arguments(case)
+
+    def function(x: Tensor, network: Tensor) -> Tensor:
+        z = torch.empty_like(x)
+        OPS.normal_(z, arguments["keys"], 3, 1)
+        state = x + 0.1 * z
+        given = arguments | {"x": state, "network": torch.tanh(network)}
+        OPS.affine_step_(*(given[n] for n in STEP))
+        return state * 2.0
+
+    return function
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_as_a_full_graph(backend: str) -> None:
+    torch._dynamo.reset()
+    case = cases.make((10, 6))
+    assert case.network is not None
+    expected = a_row(replace(case, registers=case.registers.clone()))(case.x, case.network)
+    compiled = torch.compile(a_row(case), fullgraph=True, backend=backend)
+    assert torch.equal(compiled(case.x, case.network), expected)
+
+
+def test_fakes_take_cuda_tensors() -> None:
+    with torch._subclasses.FakeTensorMode():
+        out = torch.empty(3, 5, device="cuda")
+        OPS.normal_(out, torch.empty(3, dtype=torch.int64, device="cuda"), 0, 1)
+        assert out.shape == (3, 5)
+
+
+WITHOUT = """
+import json, torch
+import op_cases as cases
+from sbm_fast import _load, noise
+assert not _load.COMPILED and cases.BACKENDS == ("eager",), _load.REASON
+out = torch.empty(3, 41)
+torch.ops.sbm_fast.normal_(out, noise.keys(5, 3), 2, 1)
+state = cases.make((20, 7), guided=True)
+got = cases.run(state, "cpu")  # the registered op
+words = torch.empty(3, 9, dtype=torch.int32)
+torch.ops.sbm_fast.words_(words, noise.keys(5, 3), 2, 1)
+print(json.dumps({"normal": out.tolist(), "x": got["x"].tolist(), "words": words.tolist(),
+                  "ops": sorted(n for n in dir(torch.ops.sbm_fast) if n.endswith("_"))}))
+"""
+
+
+def test_ops_exist_without_the_compiled_part() -> None:
+    found = json.loads(noise_cases.run_python(WITHOUT, SBM_FAST_DISABLE_COMPILED="1"))
+    here = noise.normal(5, (3, 41), draw=2)
+    torch.testing.assert_close(torch.tensor(found["normal"]), here, rtol=0, atol=2e-6)
+    words = torch.empty(3, 9, dtype=torch.int32)
+    OPS.words_(words, noise.keys(5, 3), 2, 1)
+    assert found["words"] == words.tolist()
+    mine = cases.run(cases.make((20, 7), guided=True), cases.BACKENDS[0])["x"]
+    torch.testing.assert_close(torch.tensor(found["x"]), mine, rtol=2e-6, atol=1e-5)
+
+
+LONG = torch.zeros(4, dtype=torch.int64)
+F32 = torch.zeros(4)
+BAD_STEP: list[tuple[str, str, dict[str, Any]]] = [
+    ("x", "float32 or float64", {"x": torch.zeros(4, 6, dtype=torch.int32)}),
+    ("x", "float32 or float64", {"x": torch.zeros(4, 6, dtype=torch.bfloat16)}),
+    ("x", "got a scalar", {"x": torch.zeros(())}),
+    ("network", "shape of x", {"network": torch.zeros(4, 5)}),
+    ("network", "shape of x", {"network": torch.zeros(4, 6, 1)}),
+    ("network", "expected float32, float64", {"network": torch.zeros(4, 6, dtype=torch.int64)}),
+    ("network", "needs it", {"network": None}),
+    ("uncond", "shape of x", {"uncond": torch.zeros(1, 6), "guidance": F32}),
+    ("uncond", "needs network and guidance", {"uncond": torch.zeros(4, 6)}),
+    ("guidance", "vector of 4 samples", {"guidance": torch.zeros(3)}),
+    ("guidance", "vector of 4 samples", {"guidance": F32.double()}),
+    ("guidance", "contiguous", {"guidance": torch.zeros(8)[::2]}),
+    ("registers", r"\[2, \*x.shape\]", {"registers": None}),
+    ("registers", r"\[2, \*x.shape\]", {"registers": torch.zeros(1, 4, 6)}),
+    ("registers", r"\[2, \*x.shape\]", {"registers": torch.zeros(2, 4, 5)}),
+    ("registers", r"\[2, \*x.shape\]", {"registers": torch.zeros(2, 3, 6)}),
+    ("registers", "dtype of x", {"registers": torch.zeros(2, 4, 6).double()}),
+    ("keys", "vector of 4 samples", {"keys": LONG.int()}),
+    ("keys", "vector of 4 samples", {"keys": LONG[:3]}),
+    ("row", "vector of 4 samples", {"row": LONG}),
+    ("coef", "contiguous CPU tensor", {"coef": torch.zeros(8, 21)}),
+    ("coef", "of x's dtype", {"coef": torch.zeros(8, 2, 21).double()}),
+    ("coef", "no plan has 20 lanes", {"coef": torch.zeros(8, 2, 20)}),
+    ("field", "int32 CPU tensor", {"field": torch.zeros(8, 4)}),
+    ("field", "int32 CPU tensor", {"field": torch.zeros(7, 4, dtype=torch.int32)}),
+    ("epsilon", "needs it", {"epsilon": None, "row": torch.full((4,), 5, dtype=torch.int32)}),
+    ("epsilon", "vector of 4 samples", {"epsilon": torch.zeros(5)}),
+    ("noise", "shape of x", {"noise": torch.zeros(4)}),
+    ("net_input", "shape of x", {"net_input": torch.zeros(4, 7)}),
+    ("net_time", "vector of 4 samples", {"net_time": F32.bfloat16()}),
+    ("first_bad", "vector of 4 samples", {"first_bad": LONG}),
+]
+
+
+@needs_compiled
+@pytest.mark.parametrize(("name", "message", "change"), BAD_STEP)
+def test_the_step_names_what_is_wrong(name: str, message: str, change: dict[str, Any]) -> None:
+    arguments = step_arguments(cases.make((4, 6), [1, 1, 1, 1])) | change
+    with pytest.raises(RuntimeError, match=rf"{name}: .*{message}"):
+        affine_step.affine_step_(*(arguments[n] for n in STEP))
+
+
+@needs_compiled
+def test_views_of_what_the_step_writes_are_refused() -> None:
+    case = cases.make((4, 6, 6), [1, 1, 1, 1])
+    for x in (case.x, case.x.double()):
+        arguments = step_arguments(replace(case, x=x, registers=case.registers.to(x.dtype)))
+        net_input = torch.zeros(4, 6, 6)
+        views = (x.transpose(1, 2), x[-1:].expand(4, 6, 6))
+        for network in (*views, net_input.transpose(1, 2)):
+            given = arguments | {"network": network, "net_input": net_input}
+            with pytest.raises(RuntimeError, match="network: is another view of"):
+                affine_step.affine_step_(*(given[n] for n in STEP))
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(()), LONG, 0, 0), "out: .*scalar"),
+        ((torch.zeros(4, 2, dtype=torch.int32), LONG, 0, 0), "out: .*float32, float64"),
+        ((torch.zeros(4, 2), LONG[:2], 0, 0), "keys: .*4 samples"),
+        ((torch.zeros(4, 2), LONG.int(), 0, 0), "keys: .*4 samples"),
+    ],
+)
+def test_noise_ops_name_what_is_wrong(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        OPS.normal_(*arguments)
+    with pytest.raises(RuntimeError, match="out: "):
+        OPS.words_(torch.zeros(4, 2), LONG, 0, 0)
+    with pytest.raises(RuntimeError, match="out: "):
+        OPS.keys_(torch.zeros(4), 0, 0)
