@@ -9,9 +9,9 @@
 namespace sbm {
 namespace {
 
-// Batches up to this size keep z between the norms and the step; larger ones make it twice, which
-// costs less than the memory.
-constexpr int64_t kKeptNoise = 64 * 1024;
+// Batches up to this many elements (1 MiB of float32) keep z between the norms and the step, in the
+// cache; larger ones make it twice, which costs less than the memory.
+constexpr int64_t kKeptNoise = 256 * 1024;
 
 void run(const StepArgs<float>& args, const Tile& tile) { cpu_kernels().step_f32(args, tile); }
 void run(const StepArgs<double>& args, const Tile& tile) { cpu_kernels().step_f64(args, tile); }

@@ -114,13 +114,14 @@ class TileStep {
   const S* state() { return read(a_.x, t_, state_.v); }
 
   void run() {
-    const S* x = state();
     const bool langevin = field_[kNorm] != kNoNorm;
     const bool uses_f = langevin || reads(kNetwork) || reads(kDenoised);
+    fetch();
+    const S* z = langevin || reads(kNoise) ? noise() : nullptr;
+    const S* x = state();
     const S* f = uses_f ? network() : nullptr;
     if (f) note_bad(f);
     const S* d = reads(kDenoised) ? denoised(x, f) : nullptr;
-    const S* z = langevin || reads(kNoise) ? noise() : nullptr;
     const S* source[kMaxSources] = {x, f, d, z};
     for (int k = 0; k < a_.registers; ++k)
       if (reads(kRegister0 + k)) source[kRegister0 + k] = read(a_.slots[k], t_, registers_[k].v);
@@ -134,8 +135,15 @@ class TileStep {
     next_input(out);
   }
 
-  // The score s = p_s·x + q_s·F, into a buffer that may be changed.
-  S* score() {
+  // Lets the tile's inputs arrive from memory while its noise is made.
+  void fetch() const {
+    prefetch(a_.x, t_);
+    prefetch(a_.network, t_);
+    prefetch(a_.uncond, t_);
+  }
+
+  // The score s = p_s·x + q_s·F.
+  const S* score() {
     Terms<S> t;
     t.add(network(), hi_[layout_.score_f()], lo_[layout_.score_f()]);
     t.add(state(), hi_[layout_.score_x()], lo_[layout_.score_x()]);
@@ -242,32 +250,55 @@ void step(const StepArgs<S>& args, const Tile& tile) {
   if (args.row_of(tile.sample) >= 0) TileStep<P, S>(args, tile).run();
 }
 
-// One halving of a known width, so that the last ones need no loops.
-template <int kWidth, class S>
-SBM_HD void halve(S* w) {
-  SBM_UNROLL
-  for (int i = 0; i < kWidth / 2; ++i) w[i] += w[i + kWidth / 2];
+// w[i] += w[i + half], a loop of known length.
+template <int kHalf, class S>
+SBM_HD void fold(S* w) {
+#pragma GCC ivdep
+  for (int i = 0; i < kHalf; ++i) w[i] += w[i + kHalf];
 }
 
 // Pairwise sum of squares: padded with zeros to a power of two, then halved until one is left.
-// (Padding further changes nothing, so 16 is the least.)
 template <class S>
 S sum_squares(const S* v, int64_t n) {
   Buffer<S> squares;
   S* const w = squares.v;
-  int64_t width = 16;
+  int64_t width = 1;
   while (width < n) width *= 2;
   for (int64_t i = 0; i < n; ++i) w[i] = v[i] * v[i];
   for (int64_t i = n; i < width; ++i) w[i] = S(0);
-  for (; width > 16; width /= 2) {
-    const int64_t half = width / 2;
-#pragma GCC ivdep
-    for (int64_t i = 0; i < half; ++i) w[i] += w[i + half];
+  static_assert(kTile == 1024, "the halvings begin at a tile's size");
+  switch (width) {
+    case 1024:
+      fold<512>(w);
+      [[fallthrough]];
+    case 512:
+      fold<256>(w);
+      [[fallthrough]];
+    case 256:
+      fold<128>(w);
+      [[fallthrough]];
+    case 128:
+      fold<64>(w);
+      [[fallthrough]];
+    case 64:
+      fold<32>(w);
+      [[fallthrough]];
+    case 32:
+      fold<16>(w);
+      [[fallthrough]];
+    case 16:
+      fold<8>(w);
+      [[fallthrough]];
+    case 8:
+      fold<4>(w);
+      [[fallthrough]];
+    case 4:
+      fold<2>(w);
+      [[fallthrough]];
+    case 2:
+      fold<1>(w);
   }
-  halve<16>(w);
-  halve<8>(w);
-  halve<4>(w);
-  return w[0] + w[1];
+  return w[0];
 }
 
 // Rows without a norm give zeros.
@@ -283,13 +314,14 @@ void squares(const StepArgs<S>& args, const Tile& tile, SquareSums<S>* sums, S* 
   const int norm = args.norm_of(tile.sample);
   if (norm == kNoNorm) return;
   TileStep<P, S> step(args, tile);
+  step.fetch();
+  const bool needs_noise = norm != kSqrtD || keep_noise;
+  const S* const z = needs_noise ? step.noise() : nullptr;
   const S* const score = step.score();
-  for (int64_t s = 0; s < tile.samples; ++s)
+  for (int64_t s = 0; s < tile.samples; ++s) {
     sums[s].score = sum_squares(score + s * tile.count, tile.count);
-  if (norm == kSqrtD && !keep_noise) return;
-  const S* const z = step.noise();
-  for (int64_t s = 0; s < tile.samples; ++s)
-    sums[s].noise = sum_squares(z + s * tile.count, tile.count);
+    if (z) sums[s].noise = sum_squares(z + s * tile.count, tile.count);
+  }
   if (keep_noise) memcpy(keep_noise, z, size_t(tile.samples * tile.count) * sizeof(S));
 }
 

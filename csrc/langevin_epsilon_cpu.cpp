@@ -19,6 +19,7 @@ void squares(const StepArgs<double>& args, const Tile& tile, SquareSums<double>*
 // Sum of neighbours, then of neighbouring sums, …: a tree that depends on `count` only.
 template <class S, class Get>
 S tree_sum(int64_t count, const Get& get) {
+  if (count == 1) return get(0);
   S level[64];
   for (int64_t i = 0; i < count; ++i) {
     S carry = get(i);

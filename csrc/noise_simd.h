@@ -12,26 +12,44 @@ struct Lanes {
   typename P::U w[4];
 };
 
-// Round keys, spread over 64-bit lanes.
+// Round keys of one key (the same for all lanes of a vector).
 template <class P>
-struct RoundKeys {
-  typename P::W lo[kPhiloxRounds], hi[kPhiloxRounds];
+struct SharedKeys {
+  uint64_t lo[kPhiloxRounds], hi[kPhiloxRounds];
 
-  RoundKeys(typename P::W key_lo, typename P::W key_hi) {
+  void set(uint64_t key) {
+    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
     for (int round = 0; round < kPhiloxRounds; ++round) {
-      lo[round] = key_lo, hi[round] = key_hi;
-      key_lo = P::addw(key_lo, P::setw(kPhiloxW0));
-      key_hi = P::addw(key_hi, P::setw(kPhiloxW1));
+      lo[round] = k0, hi[round] = k1;
+      k0 += kPhiloxW0, k1 += kPhiloxW1;
     }
   }
+  typename P::W low(int round) const { return P::setw(lo[round]); }
+  typename P::W high(int round) const { return P::setw(hi[round]); }
+};
+
+// Round keys of as many keys as there are lanes.
+template <class P>
+struct LaneKeys {
+  typename P::W lo[kPhiloxRounds], hi[kPhiloxRounds];
+
+  void set(typename P::W key) {
+    typename P::W k0 = key, k1 = P::high(key);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      lo[round] = k0, hi[round] = k1;
+      k0 = P::addw(k0, P::setw(kPhiloxW0)), k1 = P::addw(k1, P::setw(kPhiloxW1));
+    }
+  }
+  typename P::W low(int round) const { return lo[round]; }
+  typename P::W high(int round) const { return hi[round]; }
 };
 
 // Ten rounds on `kPairs` pairs of vectors of 64-bit lanes, side by side because one pair alone
 // waits for its multiplications. c1 and c3 are only ever xor-ed, and a product reads only the low
 // word of its factors, so the rubbish in the high words never matters.
-template <class P, int kPairs>
+template <class P, int kPairs, class Keys>
 SBM_HD void philox_lanes(const typename P::W* counter, uint32_t draw, uint32_t stream,
-                         const RoundKeys<P>* const* keys, Lanes<P>* out) {
+                         const Keys* const* keys, Lanes<P>* out) {
   using W = typename P::W;
   constexpr int n = 2 * kPairs;
   W c0[n], c1[n], c2[n], c3[n];
@@ -45,8 +63,8 @@ SBM_HD void philox_lanes(const typename P::W* counter, uint32_t draw, uint32_t s
     for (int v = 0; v < n; ++v) {
       const W p0 = P::mul_low(c0[v], P::setw(kPhiloxM0));
       const W p1 = P::mul_low(c2[v], P::setw(kPhiloxM1));
-      c0[v] = P::xor3(P::high(p1), c1[v], keys[v]->lo[round]);
-      c2[v] = P::xor3(P::high(p0), c3[v], keys[v]->hi[round]);
+      c0[v] = P::xor3(P::high(p1), c1[v], keys[v]->low(round));
+      c2[v] = P::xor3(P::high(p0), c3[v], keys[v]->high(round));
       c1[v] = p1;
       c3[v] = p0;
     }
@@ -88,45 +106,44 @@ SBM_HD void store_noise(const Lanes<P>& n, float* out) {
   P::store4(out, z[0], z[1], z[2], z[3]);
 }
 
-// `groups` consecutive Philox calls of one key.
+// Blocks of kLanes consecutive groups of one sample, two blocks side by side. A sample's last block
+// may reach into the next sample's place, which is written later, or past the end.
 template <class P, NoiseKind kind>
-void fill_sample(uint64_t key, uint64_t first_group, int64_t groups, uint32_t draw, uint32_t stream,
-                 float* out) {
-  using W = typename P::W;
-  constexpr int kPairs = 2;
-  uint64_t start[2 * kPairs][P::kLanes / 2];
-  for (int i = 0; i < kPairs; ++i)
-    for (int l = 0; l < P::kLanes; ++l)
-      start[2 * i + l % 2][l / 2] = first_group + uint64_t(i * P::kLanes + counter<P>(l));
-  W c[2 * kPairs];
-  for (int v = 0; v < 2 * kPairs; ++v) c[v] = P::loadw(start[v]);
-  const RoundKeys<P> round_keys(P::setw(key), P::setw(key >> 32));
-  const RoundKeys<P>* const keys[2 * kPairs] = {&round_keys, &round_keys, &round_keys, &round_keys};
-  const W step = P::setw(kPairs * P::kLanes);
-  Lanes<P> noise[kPairs];
-  int64_t g = 0;
-  for (; g + P::kLanes < groups; g += kPairs * P::kLanes) {
-    philox_lanes<P, kPairs>(c, draw, stream, keys, noise);
-    for (int i = 0; i < kPairs; ++i) store_noise<P, kind>(noise[i], out + 4 * (g + i * P::kLanes));
-    for (int v = 0; v < 2 * kPairs; ++v) c[v] = P::addw(c[v], step);
-  }
-  if (g >= groups) return;
-  philox_lanes<P, 1>(c, draw, stream, keys, noise);
-  store_noise<P, kind>(noise[0], out + 4 * g);
-}
-
-// `groups` Philox calls for each of `samples` keys: out[(s·groups + g)·4 + k]. Writes whole
-// vectors, up to kSlack floats past the end.
-template <class P, NoiseKind kind>
-void fill_groups(const uint64_t* keys, int64_t samples, uint64_t first_group, int64_t groups,
+void fill_blocks(const uint64_t* keys, int64_t samples, uint64_t first_group, int64_t groups,
                  uint32_t draw, uint32_t stream, float* out) {
   using W = typename P::W;
-  if (samples == 1 || groups % P::kLanes == 0) {
-    for (int64_t s = 0; s < samples; ++s)
-      fill_sample<P, kind>(keys[s], first_group, groups, draw, stream, out + 4 * groups * s);
-    return;
+  uint64_t order[2][P::kLanes / 2];
+  for (int l = 0; l < P::kLanes; ++l) order[l % 2][l / 2] = uint64_t(counter<P>(l));
+  const W even = P::loadw(order[0]), odd = P::loadw(order[1]);
+  SharedKeys<P> round_keys[2];
+  int64_t held[2] = {-1, -1};  // whose round keys these are
+  int64_t s = 0, g = 0;
+  while (s < samples) {
+    W c[4];
+    float* to[2];
+    int count = 0;
+    for (; count < 2 && s < samples; ++count) {
+      if (held[count] != s) round_keys[count].set(keys[s]), held[count] = s;
+      const W base = P::setw(first_group + uint64_t(g));
+      c[2 * count] = P::addw(even, base), c[2 * count + 1] = P::addw(odd, base);
+      to[count] = out + 4 * (s * groups + g);
+      if ((g += P::kLanes) >= groups) g = 0, ++s;
+    }
+    const SharedKeys<P>* const k[4] = {&round_keys[0], &round_keys[0], &round_keys[1],
+                                       &round_keys[1]};
+    Lanes<P> noise[2];
+    if (count == 2)
+      philox_lanes<P, 2>(c, draw, stream, k, noise);
+    else
+      philox_lanes<P, 1>(c, draw, stream, k, noise);
+    for (int i = 0; i < count; ++i) store_noise<P, kind>(noise[i], to[i]);
   }
-  // Small samples share a vector: every lane has its own key.
+}
+
+// Small samples share a vector: every lane has its own key.
+template <class P, NoiseKind kind>
+void fill_packed(const uint64_t* keys, int64_t samples, uint64_t first_group, int64_t groups,
+                 uint32_t draw, uint32_t stream, float* out) {
   const int64_t total = samples * groups;
   int64_t s = 0, g = 0;
   for (int64_t first = 0; first < total; first += P::kLanes) {
@@ -138,14 +155,25 @@ void fill_groups(const uint64_t* keys, int64_t samples, uint64_t first_group, in
       if (first + i + 1 >= total) continue;  // a lane past the end repeats the last one
       if (++g == groups) g = 0, ++s;
     }
-    const W c[2] = {P::loadw(start[0]), P::loadw(start[1])};
-    const RoundKeys<P> even(P::loadw(key[0]), P::high(P::loadw(key[0])));
-    const RoundKeys<P> odd(P::loadw(key[1]), P::high(P::loadw(key[1])));
-    const RoundKeys<P>* const round_keys[2] = {&even, &odd};
+    const typename P::W c[2] = {P::loadw(start[0]), P::loadw(start[1])};
+    LaneKeys<P> even, odd;
+    even.set(P::loadw(key[0]));
+    odd.set(P::loadw(key[1]));
+    const LaneKeys<P>* const round_keys[2] = {&even, &odd};
     Lanes<P> noise;
     philox_lanes<P, 1>(c, draw, stream, round_keys, &noise);
     store_noise<P, kind>(noise, out + 4 * first);
   }
+}
+
+// `groups` Philox calls for each of `samples` keys: out[(s·groups + g)·4 + k]. Writes whole
+// vectors, up to kSlack floats past the end.
+template <class P, NoiseKind kind>
+void fill_groups(const uint64_t* keys, int64_t samples, uint64_t first_group, int64_t groups,
+                 uint32_t draw, uint32_t stream, float* out) {
+  const bool whole = samples == 1 || groups % P::kLanes == 0;
+  const auto fill = whole ? fill_blocks<P, kind> : fill_packed<P, kind>;
+  fill(keys, samples, first_group, groups, draw, stream, out);
 }
 
 }  // namespace

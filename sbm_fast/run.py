@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,26 @@ class Step:
     x: Tensor
 
 
+@dataclass(frozen=True)
+class Table:
+    """A plan on its device, with one vector of row numbers [B] for every row, so that the loop
+    makes no tensors. `given_start`: it begins from an x_init."""
+
+    plan: Plan
+    given_start: bool
+    coef: Tensor
+    field: Tensor
+    row_numbers: Sequence[Tensor]
+
+    @classmethod
+    def of(
+        cls, plan: Plan, given_start: bool, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> Table:
+        numbers = torch.arange(plan.rows, dtype=torch.int32, device=device)
+        in_step = numbers[:, None].expand(plan.rows, batch).unbind(0)
+        return cls(plan, given_start, *plan.pack(dtype, device), in_step)
+
+
 class Run:
     """A sampling run that can be advanced row by row, kept, and taken up again.
 
@@ -44,9 +64,7 @@ class Run:
     def __init__(
         self,
         sampler: Sampler,
-        plan: Plan,
-        coef: Tensor,
-        field: Tensor,
+        table: Table,
         x: Tensor,
         keys: Tensor,
         seed: int | None,
@@ -54,9 +72,11 @@ class Run:
         guidance: Tensor | None,
         noise: NoiseHook | None,
     ) -> None:
+        plan = table.plan
         self.plan, self.seed, self.row = plan, seed, 0
         self.seconds_network = 0.0
-        self._sampler, self._coef, self._field = sampler, coef, field
+        self._sampler, self._coef, self._field = sampler, table.coef, table.field
+        self._row_numbers, self._given_start = table.row_numbers, table.given_start
         self._cond, self._guidance, self._noise = cond, guidance, noise
         self._x, self._keys = x, keys
         batch = x.shape[0]
@@ -66,8 +86,6 @@ class Run:
         self._net_time = x.new_zeros(batch)
         self._epsilon = x.new_zeros(batch) if plan.norm.any() else None
         self._first_bad = torch.full((batch,), -1, dtype=torch.int32, device=x.device)
-        numbers = torch.arange(plan.rows, dtype=torch.int32, device=x.device)
-        self._row_numbers = numbers[:, None].expand(plan.rows, batch).unbind(0)
         self._evaluates = plan.evaluates.tolist()
         self._step, self._net = sampler.kernels.affine_step_, sampler.model.net
         self._null_cond = dict(sampler.model.null_cond or {})
@@ -180,7 +198,7 @@ class Run:
             "keys": self._keys.clone(),
             "row": torch.tensor(self.row),
             "first_bad": self._first_bad.clone(),
-            "given_start": torch.tensor(self.plan is self._sampler._plans.get(True, (None,))[0]),
+            "given_start": torch.tensor(self._given_start),
         }
 
     def restore(self, row: int, registers: Tensor, first_bad: Tensor) -> None:

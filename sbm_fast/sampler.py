@@ -15,7 +15,7 @@ from sbm_fast.backend import Kernels, choose_backend
 from sbm_fast.methods import make_plan
 from sbm_fast.model import ScoreModel, as_score_model
 from sbm_fast.plan import NORMS, Plan
-from sbm_fast.run import NoiseHook, Run, Step
+from sbm_fast.run import NoiseHook, Run, Step, Table
 from sbm_fast.sde import SDE, as_sde
 
 __all__ = ["Run", "SampleInfo", "Sampler", "Step", "sample"]
@@ -101,20 +101,21 @@ class Sampler:
             compat=compat,
             **method_options,
         )
-        self._plans: dict[bool, tuple[Plan, Tensor, Tensor]] = {}
+        self._tables: dict[bool, Table] = {}
         _warn_about(self.plan, self.net_dtype, math.prod(self.shape[1:]))
 
     @property
     def plan(self) -> Plan:
         """The table that runs when no x_init is given."""
-        return self._packed(False)[0]
+        return self._table(False).plan
 
-    def _packed(self, given_start: bool) -> tuple[Plan, Tensor, Tensor]:
-        if given_start not in self._plans:
+    def _table(self, given_start: bool) -> Table:
+        if given_start not in self._tables:
             arguments: dict[str, Any] = self._plan_arguments
             plan = make_plan(model=self.model, given_start=given_start, **arguments)
-            self._plans[given_start] = plan, *plan.pack(self.dtype, self.device)
-        return self._plans[given_start]
+            batch = self.shape[0]
+            self._tables[given_start] = Table.of(plan, given_start, batch, self.dtype, self.device)
+        return self._tables[given_start]
 
     def start(
         self,
@@ -137,16 +138,15 @@ class Sampler:
             keys = keys.to(self.device).contiguous()
         if noise is not None and not callable(noise):
             raise TypeError(f"noise: expected a callable, got {type(noise).__name__}")
-        plan, coef, field = self._packed(x_init is not None)
+        table = self._table(x_init is not None)
+        plan = table.plan
         if first_sample and (plan.norm == NORMS.index("batch_mean")).any():
             raise ValueError(
                 'norm: "batch_mean" couples the samples of a batch, so a shard '
                 f'(first_sample={first_sample}) would differ from the whole; use norm="sigma"'
             )
         x = self._initial_state(x_init, plan)
-        return Run(
-            self, plan, coef, field, x, keys, seed, *self._conditioning(cond, guidance), noise
-        )
+        return Run(self, table, x, keys, seed, *self._conditioning(cond, guidance), noise)
 
     def resume(
         self,
@@ -165,7 +165,8 @@ class Sampler:
         missing = {"x", "registers", "keys", "row", "first_bad", "given_start"} - set(state)
         if missing:
             raise ValueError(f"state: lacks {sorted(missing)}; expected what Run.state() returns")
-        plan, coef, field = self._packed(bool(state["given_start"].item()))
+        table = self._table(bool(state["given_start"].item()))
+        plan = table.plan
         row = int(state["row"].item())
         if tuple(state["x"].shape) != self.shape or not 0 <= row <= plan.rows:
             raise ValueError(
@@ -175,9 +176,7 @@ class Sampler:
         x = torch.empty(self.shape, dtype=self.dtype, device=self.device).copy_(state["x"])
         keys = state["keys"].to(self.device).contiguous()
         noise_module.check_keys(keys, self.shape[0], None, 0)
-        run = Run(
-            self, plan, coef, field, x, keys, None, *self._conditioning(cond, guidance), noise
-        )
+        run = Run(self, table, x, keys, None, *self._conditioning(cond, guidance), noise)
         run.restore(row, state["registers"], state["first_bad"])
         return run
 
