@@ -121,8 +121,7 @@ class Run:
             self.row = end
             return self
         with _eval_mode(self._sampler.model.net), _bar(end - self.row, progress) as bar:
-            for row in range(self.row, end):
-                self._advance_row(row)
+            for row in self._rows(end):
                 if bar is not None:
                     bar.update()
                 if callback is not None:
@@ -130,32 +129,49 @@ class Run:
                     callback(Step(row, self.plan.rows, time_of_row, self._x.clone()))
         return self
 
-    def _advance_row(self, row: int) -> None:
-        network = uncond = None
-        if self._evaluates[row]:
-            begin = time.perf_counter()
-            network = self._evaluate(self._cond)
-            if self._guidance is not None:
-                uncond = self._evaluate(self._null_cond)
-            self.seconds_network += time.perf_counter() - begin
-        self._step(
-            self._x, network, uncond, self._guidance, self._registers, self._keys,
-            self._row_numbers[row], self._coef, self._field, self._epsilon,
-            None if self._noise is None else self._given_noise(row), self._net_input,
-            self._net_time, self._first_bad,
-        )  # fmt: skip
-        self.row = row + 1
+    def _rows(self, end: int) -> Iterator[int]:
+        """Runs the rows before `end` and yields each when it is done.
 
-    def _evaluate(self, cond: dict[str, Any]) -> Tensor:
-        x = self._x if self._net_input is None else self._net_input
-        version = x._version if self._counts else 0
-        out = self._net(x, self._net_time, **cond)
-        if not self._checked:
-            _check_output(out, x)
-            self._checked = True  # the step's own checks are enough from here on
-        if self._counts and x._version != version:
-            raise ValueError("model: the network changed its input in place")
-        return out
+        One loop with everything in locals: at small states its own time counts.
+        """
+        x, net_time, counts = self._x, self._net_time, self._counts
+        inputs = x if self._net_input is None else self._net_input
+        net, step, clock = self._net, self._step, time.perf_counter
+        cond, evaluates, row_numbers = self._cond, self._evaluates, self._row_numbers
+        guidance, registers, keys, epsilon = (
+            self._guidance, self._registers, self._keys, self._epsilon,
+        )  # fmt: skip
+        coef, field, net_input, bad = self._coef, self._field, self._net_input, self._first_bad
+        noise = None
+        for row in range(self.row, end):
+            network = uncond = None
+            if evaluates[row]:
+                begin = clock()
+                version = inputs._version if counts else 0
+                network = net(inputs, net_time, **cond)
+                if guidance is not None:
+                    uncond = net(inputs, net_time, **self._null_cond)
+                if not self._checked:
+                    self._check_outputs(network, uncond)
+                if counts and inputs._version != version:
+                    raise ValueError("model: the network changed its input in place")
+                self.seconds_network += clock() - begin
+            if self._noise is not None:
+                noise = self._given_noise(row)
+            step(
+                x, network, uncond, guidance, registers, keys, row_numbers[row], coef, field,
+                epsilon, noise, net_input, net_time, bad,
+            )  # fmt: skip
+            self.row = row + 1
+            yield row
+
+    def _check_outputs(self, network: object, uncond: object) -> None:
+        """The first evaluation's outputs; the step's own checks are enough from there on."""
+        inputs = self._x if self._net_input is None else self._net_input
+        _check_output(network, inputs)
+        if self._guidance is not None:
+            _check_output(uncond, inputs)
+        self._checked = True
 
     def _given_noise(self, row: int) -> Tensor | None:
         if self._noise is None or not self._needs_noise[row]:
