@@ -182,6 +182,25 @@ def epsilons(case: Case, dtype: torch.dtype) -> Tensor:
     return eps
 
 
+def combine(case: Case, b: int, c: Tensor, tail: dict[str, Tensor]) -> Tensor:
+    """Σ c_k·v_k of sample b in the dtype of c; a coefficient 0 does not read its value."""
+    x = case.x[b].to(c.dtype)
+    total = torch.zeros_like(x)
+    if c[X] != 0:
+        total = total + c[X] * x
+    if c[F] != 0:
+        total = total + c[F] * network_of(case, b, c.dtype)
+    if c[D] != 0:
+        d = tail["p"] * x + tail["q"] * network_of(case, b, c.dtype)
+        total = total + c[D] * d.clamp(-tail["L"], tail["L"])
+    if c[Z] != 0:
+        total = total + c[Z] * sample_noise(case, b).to(c.dtype)
+    for k in range(REGISTERS):
+        if c[4 + k] != 0:
+            total = total + c[4 + k] * case.registers[k, b].to(c.dtype)
+    return total
+
+
 def formula(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """The step sample by sample in `dtype`, term by term; registers read before they are written.
 
@@ -195,39 +214,20 @@ def formula(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]
             continue
         r = case.value[row].to(dtype)
         tail = dict(zip(TAIL_LANES, r[2 * WIDTH :], strict=True))
-        x = case.x[b].to(dtype)
-        held = case.registers[:, b].to(dtype)
-
-        def combine(c: Tensor, b: int = b, x: Tensor = x, held: Tensor = held, tail=tail) -> Tensor:  # noqa: ANN001
-            total = torch.zeros_like(x)
-            if c[X] != 0:
-                total = total + c[X] * x
-            if c[F] != 0:
-                total = total + c[F] * network_of(case, b, dtype)
-            if c[D] != 0:
-                d = tail["p"] * x + tail["q"] * network_of(case, b, dtype)
-                total = total + c[D] * d.clamp(-tail["L"], tail["L"])
-            if c[Z] != 0:
-                total = total + c[Z] * sample_noise(case, b).to(dtype)
-            for k in range(REGISTERS):
-                if c[4 + k] != 0:
-                    total = total + c[4 + k] * held[k]
-            return total
-
-        new = combine(r[:WIDTH])
+        out["x"][b] = combine(case, b, r[:WIDTH], tail)
         if norm_of(case, b):
             eps = out["epsilon"][b]
-            s = tail["p_s"] * x + tail["q_s"] * network_of(case, b, dtype)
-            new = new + eps * s + torch.sqrt(2 * eps) * sample_noise(case, b).to(dtype)
+            s = tail["p_s"] * case.x[b].to(dtype) + tail["q_s"] * network_of(case, b, dtype)
+            z = sample_noise(case, b).to(dtype)
+            out["x"][b] += eps * s + torch.sqrt(2 * eps) * z
         slot = int(case.field[row, 0])
         if slot >= 0:
-            out["registers"][slot, b] = combine(r[WIDTH : 2 * WIDTH])
-        out["x"][b] = new
+            out["registers"][slot, b] = combine(case, b, r[WIDTH : 2 * WIDTH], tail)
     return out
 
 
 def violation(case: Case, out: dict[str, Tensor], slack: float = 0.0) -> str:
-    """"" when `out` is the float64 formula to twice the error of torch at the state's dtype.
+    """ "" when `out` is the float64 formula to twice the error of torch at the state's dtype.
 
     A float64 state has no wider truth beside it, so there it is 8 units in the last place.
     """
@@ -249,7 +249,7 @@ def violation(case: Case, out: dict[str, Tensor], slack: float = 0.0) -> str:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor], names: tuple[str, ...] = OUTPUTS) -> str:
-    """"" or the first output that is not equal to the bit, NaN being equal to itself."""
+    """ "" or the first output that is not equal to the bit, NaN being equal to itself."""
     for name in names:
         if not torch.equal(a[name].nan_to_num(1234.5), b[name].nan_to_num(1234.5)):
             return name

@@ -24,7 +24,7 @@ def epsilon_of(case: cases.Case, backend: str) -> Tensor:
 
 
 def violation(case: cases.Case, got: Tensor) -> str:
-    """"" when ε is the float64 formula to twice torch's own error (plus the noise's own bound)."""
+    """ "" when ε is the float64 formula to twice torch's own error (plus the noise's own bound)."""
     exact = cases.epsilons(case, torch.float64)
     plain = cases.epsilons(case, case.x.dtype).double()
     wide = case.x.dtype == torch.float64
@@ -40,7 +40,9 @@ def violation(case: cases.Case, got: Tensor) -> str:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(21,), (20, 1), (20, 5), (11, 3, 31, 33), (11, 1024), (12, 5000)])
+@pytest.mark.parametrize(
+    "shape", [(21,), (20, 1), (20, 5), (11, 3, 31, 33), (11, 1024), (12, 5000)]
+)
 def test_mixed_rows_follow_the_formula(
     shape: tuple[int, ...], dtype: torch.dtype, backend: str
 ) -> None:
