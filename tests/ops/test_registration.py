@@ -97,7 +97,11 @@ def test_compiles_as_a_full_graph(backend: str) -> None:
     assert case.network is not None
     expected = a_row(replace(case, registers=case.registers.clone()))(case.x, case.network)
     compiled = torch.compile(a_row(case), fullgraph=True, backend=backend)
-    assert torch.equal(compiled(case.x, case.network), expected)
+    got = compiled(case.x, case.network)
+    if backend == "aot_eager":
+        assert torch.equal(got, expected)
+    # Inductor rounds the operations around the ops in its own way.
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
 
 
 def test_fakes_take_cuda_tensors() -> None:
