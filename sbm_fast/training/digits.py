@@ -48,7 +48,9 @@ def train_digits(
 
     This is ``sbm-fast train digits --out OUT --steps N --seed S``, which made the weights that
     ship. The file records the command, the held-out loss and the versions. It holds float16: half
-    the size, and a relative rounding of 5e-4 is far below what the training noise leaves.
+    the size, and a relative rounding of 5e-4 is far below what the training noise leaves. Equal
+    seeds give equal bytes on the same machine with the same number of threads (the shipped file:
+    ``OMP_NUM_THREADS=1``); otherwise sums round differently.
 
     Args:
         out: safetensors file to write.
