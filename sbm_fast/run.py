@@ -84,6 +84,9 @@ class Run:
         direct = sampler.net_dtype == x.dtype and bool((plan.c_in[plan.evaluates] == 1.0).all())
         self._net_input = None if direct else torch.zeros_like(x, dtype=sampler.net_dtype)
         self._net_time = x.new_zeros(batch)
+        # Embeddings of time are made in float32 by every network that is not float64 itself.
+        wide = sampler.net_dtype == torch.float64
+        self._label_dtype = torch.float64 if wide else torch.float32
         self._epsilon = x.new_zeros(batch) if plan.norm.any() else None
         self._first_bad = torch.full((batch,), -1, dtype=torch.int32, device=x.device)
         self._evaluates = plan.evaluates.tolist()
@@ -142,15 +145,16 @@ class Run:
             self._guidance, self._registers, self._keys, self._epsilon,
         )  # fmt: skip
         coef, field, net_input, bad = self._coef, self._field, self._net_input, self._first_bad
-        noise = None
+        noise, cast = None, self._label_dtype if self._label_dtype != x.dtype else None
         for row in range(self.row, end):
             network = uncond = None
             if evaluates[row]:
                 begin = clock()
                 version = inputs._version if counts else 0
-                network = net(inputs, net_time, **cond)
+                label = net_time if cast is None else net_time.to(cast)
+                network = net(inputs, label, **cond)
                 if guidance is not None:
-                    uncond = net(inputs, net_time, **self._null_cond)
+                    uncond = net(inputs, label, **self._null_cond)
                 if not self._checked:
                     self._check_outputs(network, uncond)
                 if counts and inputs._version != version:
@@ -158,10 +162,13 @@ class Run:
                 self.seconds_network += clock() - begin
             if self._noise is not None:
                 noise = self._given_noise(row)
-            step(
-                x, network, uncond, guidance, registers, keys, row_numbers[row], coef, field,
-                epsilon, noise, net_input, net_time, bad,
-            )  # fmt: skip
+            try:
+                step(
+                    x, network, uncond, guidance, registers, keys, row_numbers[row], coef, field,
+                    epsilon, noise, net_input, net_time, bad,
+                )  # fmt: skip
+            except RuntimeError as error:  # everything else was checked before the loop
+                raise ValueError(f"model: its output does not fit: {error}") from error
             self.row = row + 1
             yield row
 

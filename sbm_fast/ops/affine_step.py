@@ -60,7 +60,10 @@ def reference(
             epsilon, x, network, uncond, guidance, keys, row, coef, field, noise
         )
         weights = _add_langevin(rows, weights, epsilon)
-    used = ((weights != 0) | (write_weights != 0)).any(0).tolist()
+    reads = ((weights != 0) | (write_weights != 0)) & rows.live[:, None]
+    used = reads.any(0).tolist()
+    if network is None and (used[F] or used[D]):
+        raise RuntimeError("network: a row needs it")
     values = [x, f, *[None] * (len(used) - 2)]
     if used[D]:
         values[D] = _denoised(rows, x, f)
