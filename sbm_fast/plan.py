@@ -137,7 +137,6 @@ class Plan:
         """Number of network evaluations."""
         return int(self.evaluates.sum())
 
-    # ------------------------------------------------------------------ checks
     def check(self) -> None:
         """Raise ValueError, naming the field, unless the table holds together.
 
@@ -227,7 +226,6 @@ class Plan:
                     f"evaluation and a step scale > 0, got {self.langevin[row, 0]}"
                 )
 
-    # ------------------------------------------------------------------ moments
     def gaussian(
         self, data_mean: float, data_std: float, *, start: tuple[float, float] | None = None
     ) -> tuple[Array, Array]:
@@ -255,7 +253,6 @@ class Plan:
 
         return plan_moments.kappa(self)
 
-    # ------------------------------------------------------------------ device table
     def pack(self, dtype: torch_dtype, device: torch_device | str = "cpu") -> tuple[Tensor, Tensor]:
         """The table as the kernels read it.
 
@@ -286,7 +283,6 @@ class Plan:
         coef = torch.from_numpy(np.stack([high, low], axis=1))
         return coef.to(device), torch.from_numpy(field).to(device)
 
-    # ------------------------------------------------------------------ comparing, printing
     def difference(self, other: Plan) -> str:
         """The first difference from another plan in words, "" when the tables are equal.
 
@@ -351,7 +347,6 @@ class Plan:
             return f"  {row:>5} {self.time[row]:>10.6g} {self.label[row]:>10.6g}  {text}"
         return f"  {row:>5} {'start':>10} {'':>10}  {text}"
 
-    # ------------------------------------------------------------------ files
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to an .npz file (no pickles) at exactly ``path``."""
         header = {

@@ -38,7 +38,6 @@ def eager_philox(counter: cases.Words, key: tuple[int, int]) -> list[int]:
     return [int(w) for w in _philox.philox(c, k)]
 
 
-# ---------------------------------------------------------------- words and keys
 def test_known_answers_of_the_independent_philox() -> None:
     assert cases.known_answer_error(cases.philox) == ""
 
@@ -112,7 +111,6 @@ def test_element_index_beyond_2_34(j: int) -> None:
         assert _load.host.philox(counter, halves) == expected
 
 
-# ---------------------------------------------------------------- the law
 @needs_compiled
 def test_uniforms_follow_the_formula_at_the_ends() -> None:
     ends = [0, 1, 2, 127, 128, 129, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 129, 2**32 - 1]
@@ -199,7 +197,6 @@ def test_golden_file(backend: str) -> None:
             np.testing.assert_allclose(z.numpy(), expected, rtol=0, atol=cases.LAW_BOUND)
 
 
-# ---------------------------------------------------------------- instruction sets
 LEVEL_CODE = """
 import hashlib, torch
 from sbm_fast import _load, noise

@@ -29,7 +29,6 @@ def changed(plan: Plan, name: str, at: Any, value: Any) -> Plan:
     return replace(plan, **{name: array})
 
 
-# ---------------------------------------------------------------------- the object
 def test_counts_and_types() -> None:
     plan = plan_of(solver="rk4")
     assert (plan.rows, plan.nfe, plan.registers) == (17, 16, 2)
@@ -48,7 +47,6 @@ def test_it_does_not_share_memory_with_what_it_was_made_from() -> None:
     assert other.difference(plan) == ""
 
 
-# ---------------------------------------------------------------------- checks
 @pytest.mark.parametrize(
     ("name", "at", "value", "match"),
     [
@@ -104,7 +102,6 @@ def test_langevin_rows_have_their_form() -> None:
         changed(plan, "coef", (1, 0, 3), 0.5)
 
 
-# ---------------------------------------------------------------------- moments
 def test_gaussian_refuses_what_is_not_affine() -> None:
     with pytest.raises(ValueError, match="norm: row 1 has a data-dependent step size"):
         plan_of("pc", norm="sqrt_d").gaussian(0.0, 1.0)
@@ -160,7 +157,6 @@ def test_kappa_of_rows_that_gaussian_refuses() -> None:
     assert np.isfinite(plan_of("ddim", clip_denoised=1.0, given_start=True).kappa).all()
 
 
-# ---------------------------------------------------------------------- packing
 def test_pack_in_float32_keeps_the_digits() -> None:
     plan = plan_of(solver="rk4")
     coef, field = plan.pack(torch.float32)
@@ -202,7 +198,6 @@ def test_pack_of_an_unclamped_limit_is_infinite_without_residue() -> None:
     assert torch.isfinite(coef[:, 1]).all()
 
 
-# ---------------------------------------------------------------------- comparing, printing, files
 @pytest.mark.parametrize("name", [f.name for f in fields(Plan) if f.name not in {"description"}])
 def test_difference_finds_a_change_in_every_field(name: str) -> None:
     plan = plan_of("pc", norm="batch_mean")

@@ -23,7 +23,6 @@ def em(shape: tuple[int, ...] = (4, 6), net: Any = cases.network, **more: Any) -
     return sample(net, cases.VP, shape, **{**EM, "seed": 0, **more})
 
 
-# ---------------------------------------------------------------- shapes, seeds, keys
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["em", "pc per sample", "edm"])
 @pytest.mark.parametrize("backend", ["auto", "eager"])
@@ -63,7 +62,6 @@ def test_the_global_generator_is_left_alone_when_a_seed_is_given() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# ---------------------------------------------------------------- models and SDEs
 class TheirVPSDE:
     """What score_sde's object has."""
 
@@ -139,7 +137,6 @@ def test_no_gradient_is_kept_and_inference_mode_is_fine() -> None:
         assert torch.equal(em(net=net).clone(), x)
 
 
-# ---------------------------------------------------------------- starts
 @pytest.mark.parametrize("method", ["em", "ode", "ddim", "pc"])
 @pytest.mark.parametrize("sde", [VPSDE(), VESDE(0.01, 5.0)])
 def test_given_start_is_in_the_scale_of_the_sde(sde: Any, method: str) -> None:
@@ -168,7 +165,6 @@ def test_x_init_is_not_changed_and_may_be_of_another_dtype() -> None:
     assert torch.equal(x_init, kept) and torch.equal(em(x_init=x_init.float()), x)
 
 
-# ---------------------------------------------------------------- conditioning and guidance
 def guided_model() -> ScoreModel:
     return ScoreModel(cases.Net(), null_cond={"label": -0.3})
 
@@ -210,7 +206,6 @@ def test_guidance_of_one_and_per_sample() -> None:
     assert torch.equal(mixed[::2], three[::2]) and torch.equal(mixed[1::2], zero[1::2])
 
 
-# ---------------------------------------------------------------- noise hook, callback, info
 @pytest.mark.parametrize("name", ["em", "pc sigma", "pc per sample", "ddim", "edm", "ald"])
 def test_noise_hook_with_the_own_noise_changes_nothing(name: str) -> None:
     keys = noise.keys(0, 4)
@@ -260,7 +255,6 @@ def test_info_says_what_was_done() -> None:
     assert info.seconds_network > 0 and info.seconds_sampler > 0
 
 
-# ---------------------------------------------------------------- options that reach the plan
 def test_options_reach_the_plan() -> None:
     def plan(**more: Any) -> sbm_fast.plan.Plan:
         return Sampler(cases.network, cases.VP, (4, 6), **{**EM, **more}).plan

@@ -155,7 +155,6 @@ class PlanBuilder:
         self._evaluations = 0
         self._matches: dict[float, Match] = {}
 
-    # ------------------------------------------------------------------ forms
     @staticmethod
     def H(k: int) -> Lin:
         """Register k ≥ 0 as a form."""
@@ -208,7 +207,6 @@ class PlanBuilder:
         )
         return self._current
 
-    # ------------------------------------------------------------------ rows
     def start(self, std: float | None = None) -> None:
         """The first row: x' = std · z from the prior stream, or x' = x for a given start.
 

@@ -144,7 +144,6 @@ class Setup:
             )
 
 
-# ---------------------------------------------------------------------- arguments
 def nearest(name: str, known: Sequence[str]) -> str:
     """ "; did you mean 'x'?" for the nearest of ``known``, else the list of them."""
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)

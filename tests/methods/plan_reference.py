@@ -20,7 +20,6 @@ PREDICTIONS = ("score", "eps", "x0", "v", "edm")
 SIGMA_DATA = 0.5
 
 
-# ---------------------------------------------------------------------- data
 @dataclass(frozen=True)
 class Mixture:
     """Gaussian mixture with one std; posterior_mean(x, m, σ) = E[x_0 | m x_0 + σ ε = x]."""
@@ -42,7 +41,6 @@ GAUSSIAN = Mixture(np.array([[0.3]]), 0.5)
 MIXTURE = Mixture(np.array([[-0.8, 0.4], [0.6, -0.7], [0.9, 0.8]]), 0.15)
 
 
-# ---------------------------------------------------------------------- SDEs in their own words
 @dataclass(frozen=True)
 class World:
     """An SDE and its textbook functions of t."""
@@ -112,7 +110,6 @@ WORLDS = {
 CONTINUOUS = ("ve", "vp", "subvp", "edm")
 
 
-# ---------------------------------------------------------------------- networks
 def prediction(predicts: str, x: Array, denoised: Array, m: float, sigma: float) -> Array:
     """What a network of each kind answers at x = m x_0 + σ ε, from D."""
     if predicts == "x0":
@@ -155,7 +152,6 @@ def score_model(
     )
 
 
-# ---------------------------------------------------------------------- running a table
 @dataclass
 class Noise:
     """Numbered noise: each reader takes the next array, in the order of use."""

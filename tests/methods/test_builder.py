@@ -19,7 +19,6 @@ def builder(predicts: str = "eps", **options: object) -> PlanBuilder:
     return PlanBuilder(model, WORLD.sde, method="mine", **options)  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------- forms
 def test_algebra_of_forms() -> None:
     x, z, h = Lin({X: 1.0}), PlanBuilder.z, PlanBuilder.H(1)
     form = (2 * x - z * 3.0 + h / 4 - x) * np.float64(2)
@@ -56,7 +55,6 @@ def test_forms_of_an_evaluation_fold_or_keep_the_clamped_d() -> None:
     np.testing.assert_allclose(e.eps.terms[D], -e.m / e.sigma)
 
 
-# ---------------------------------------------------------------------- a user's own sampler
 def test_a_two_step_multistep_of_ones_own() -> None:
     """Adams–Bashforth 2 for dx/dσ = ε on x/m, with ε of the last step in a register."""
     b = builder(coordinate="x/m")
@@ -136,7 +134,6 @@ def test_corrector_row_forms() -> None:
     np.testing.assert_allclose(plan.langevin[2], [2 * 0.9 * 0.16**2, 0.0, -1 / e.sigma])
 
 
-# ---------------------------------------------------------------------- errors
 def test_construction_errors() -> None:
     with pytest.raises(ValueError, match="coordinate: expected 'x' or 'x/m', got 'y'"):
         builder(coordinate="y")

@@ -31,7 +31,6 @@ def plan_of(method: str, name: str = "vp", predicts: str = "eps", **options: Any
     return make_plan(method, score_model(world, predicts), world.sde, **options)
 
 
-# ---------------------------------------------------------------------- counts
 @pytest.mark.parametrize(
     ("method", "options", "nfe"),
     [
@@ -89,7 +88,6 @@ def test_very_few_steps(method: str, steps: int) -> None:
     assert np.isfinite(out).all()
 
 
-# ---------------------------------------------------------------------- noise numbering
 def test_noise_is_numbered_by_row() -> None:
     plan = plan_of("pc", steps=5, norm="batch_mean")
     assert plan.stream.tolist() == [0] + [1] * 10
@@ -101,7 +99,6 @@ def test_noise_is_numbered_by_row() -> None:
     assert plan.coef[1, 0, 3] > 0
 
 
-# ---------------------------------------------------------------------- starts and ends
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_given_start(method: str) -> None:
     """A given start equal to what the prior row draws gives the same sample."""
@@ -162,7 +159,6 @@ def test_schedules_and_explicit_times() -> None:
     assert plan_of("ode", "edm", steps=4, solver="euler").time[1] == 80.0
 
 
-# ---------------------------------------------------------------------- networks of another SDE
 NETWORKS = [
     ("ve", "vp", "t", lambda label: label),
     ("vp", "ve", "999t", lambda label: label / 999),
@@ -220,7 +216,6 @@ def test_edm_churn_stays_in_the_networks_range_unless_compat() -> None:
     assert plan_of("edm", **inner).difference(plan_of("edm", compat="edm", **inner)) == ""
 
 
-# ---------------------------------------------------------------------- errors
 @pytest.mark.parametrize(
     ("method", "options", "match"),
     [
@@ -315,7 +310,6 @@ def test_a_bare_callable_is_a_score() -> None:
     np.testing.assert_array_equal(plan.label[1:], plan.time[1:])
 
 
-# ---------------------------------------------------------------------- the comparison can fail
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_a_changed_coefficient_is_seen(name: str) -> None:
     """1e-6 in one coefficient shows above the 1e-11 that the comparisons with the papers allow."""
