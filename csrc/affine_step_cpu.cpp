@@ -42,6 +42,18 @@ void find_epsilon(StepArgs<S>& args) {
   args.noise.stride[0] = args.noise.dims = 1;
 }
 
+// After all tiles: the network's output may be a view of its time.
+template <class S>
+void write_next_time(const StepArgs<S>& args) {
+  const RowLayout layout{args.registers};
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const int64_t row = args.row_of(b);
+    if (row < 0) continue;
+    const S* hi = args.coef + row * 2 * layout.lanes();
+    if (hi[layout.next_scale()] != S(0)) args.net_time[b] = hi[layout.next_label()];
+  }
+}
+
 }  // namespace
 
 template <class S>
@@ -51,6 +63,7 @@ void affine_step_cpu(StepArgs<S> args) {
   else if (args.epsilon)
     std::fill_n(args.epsilon, args.batch, S(0));
   Tiling(args.batch, args.numel).each([&](const Tile& tile) { run(args, tile); });
+  if (args.net_time) write_next_time(args);
 }
 
 template void affine_step_cpu(StepArgs<float>);

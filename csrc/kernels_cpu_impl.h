@@ -50,7 +50,7 @@ void sum_terms(const Terms<S>& t, S* out, int64_t n) {
   S hi[N], lo[N];
   for (int k = 0; k < N; ++k) v[k] = t.value[k], hi[k] = t.hi[k], lo[k] = t.lo[k];
   // Elements are independent: out may be one of the inputs, at the same index.
-#pragma GCC ivdep
+  SBM_IVDEP
   for (int64_t i = 0; i < n; ++i) {
     S e[N];
     SBM_UNROLL
@@ -108,7 +108,7 @@ class TileStep {
     if (!a_.uncond.given()) return f;
     const S* u = read(a_.uncond, t_, uncond_.v);
     const S w = guidance_weight(hi_[layout_.guidance()], a_.guidance[t_.sample]);
-#pragma GCC ivdep
+    SBM_IVDEP
     for (int64_t i = 0; i < n_; ++i) network_.v[i] = guided(f[i], u[i], w);
     return network_.v;
   }
@@ -215,11 +215,7 @@ class TileStep {
 
   void next_input(const S* x) {
     const S scale = hi_[layout_.next_scale()];
-    if (scale == S(0)) return;
-    if (a_.net_input.given()) store(a_.net_input, t_, x, scale);
-    if (a_.net_time && t_.first == 0)
-      for (int64_t s = 0; s < t_.samples; ++s)
-        a_.net_time[t_.sample + s] = hi_[layout_.next_label()];
+    if (scale != S(0) && a_.net_input.given()) store(a_.net_input, t_, x, scale);
   }
 
   float* noise_f32() {
@@ -264,7 +260,7 @@ void step(const StepArgs<S>& args, const Tile& tile) {
 // w[i] += w[i + half], a loop of known length.
 template <int kHalf, class S>
 SBM_HD void fold(S* w) {
-#pragma GCC ivdep
+  SBM_IVDEP
   for (int i = 0; i < kHalf; ++i) w[i] += w[i + kHalf];
 }
 

@@ -9,11 +9,16 @@
 #define SBM_HD static inline __attribute__((always_inline))
 #endif
 
-// Before a loop over a few compile-time steps.
+// Before a loop over a few compile-time steps, and before one over independent elements.
 #if defined(__CUDACC__)
 #define SBM_UNROLL _Pragma("unroll")
+#define SBM_IVDEP
+#elif defined(__clang__)
+#define SBM_UNROLL _Pragma("GCC unroll 16")
+#define SBM_IVDEP _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define SBM_UNROLL _Pragma("GCC unroll 16")
+#define SBM_IVDEP _Pragma("GCC ivdep")
 #endif
 
 namespace sbm {

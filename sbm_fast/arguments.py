@@ -1,5 +1,6 @@
 """Checks and defaults of the arguments that `Sampler` and `sample` take."""
 
+import operator
 import warnings
 from collections.abc import Sequence
 
@@ -7,6 +8,7 @@ import torch
 
 from sbm_fast.model import ScoreModel
 from sbm_fast.plan import NORMS, Plan
+from sbm_fast.run import FLOATS
 
 
 def full_shape(shape: Sequence[int] | None, num_samples: int, model: ScoreModel) -> tuple[int, ...]:
@@ -22,12 +24,15 @@ def full_shape(shape: Sequence[int] | None, num_samples: int, model: ScoreModel)
             )
         shape = (num_samples, *model.sample_shape)
     try:
-        sizes = tuple(int(s) for s in shape)
-        whole = all(s == t for s, t in zip(sizes, shape, strict=True))
-    except (TypeError, ValueError):
+        sizes = tuple(shape)
+    except TypeError:
         raise TypeError(f"shape: expected integers (batch, …), got {shape!r}") from None
+    if any(isinstance(size, str) for size in sizes):
+        raise TypeError(f"shape: expected integers (batch, …), got {shape!r}")
+    whole = all(hasattr(size, "__index__") and not isinstance(size, bool) for size in sizes)
     if not sizes or not whole or min(sizes) < 0:
-        raise ValueError(f"shape: expected (batch, …) with sizes ≥ 0, got {shape!r}")
+        raise ValueError(f"shape: expected (batch, …), integers ≥ 0, got {shape!r}")
+    sizes = tuple(operator.index(size) for size in sizes)
     if model.sample_shape is not None and sizes[1:] != tuple(model.sample_shape):
         raise ValueError(
             f"shape: the model was made for samples of shape {tuple(model.sample_shape)}, "
@@ -50,12 +55,15 @@ def placement(
         device = torch.get_default_device() if first is None else first.device
     if net_dtype is None:
         net_dtype = dtype if first is None else first.dtype
-    if not isinstance(net_dtype, torch.dtype) or not net_dtype.is_floating_point:
-        raise TypeError(f"net_dtype: expected a floating dtype, got {net_dtype!r}")
+    if net_dtype not in FLOATS:
+        raise TypeError(f"net_dtype: expected one of {FLOATS}, got {net_dtype!r}")
     try:
-        return torch.device(device), net_dtype
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device: torch knows no device {device!r}") from None
+        place = torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(f"device: {device!r} is not to be had here ({error})") from None
+    if place.type == "meta":
+        raise ValueError("device: nothing can be sampled on meta")
+    return place, net_dtype
 
 
 def check_cuda_graph(cuda_graph: bool | str, device: torch.device) -> None:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sbm_fast.plan import Plan, Z
+from sbm_fast.plan import H0, TAIL_LANES, Plan, Z
 
 if TYPE_CHECKING:
     from sbm_fast.sampler import Sampler
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What a network may take and give."""
 
 NoiseHook = Callable[[int, int], Tensor]
 """(draw, stream) → tensor [B, …] used as z."""
@@ -43,6 +49,12 @@ class Table:
     coef: Tensor
     field: Tensor
     row_numbers: Sequence[Tensor]
+
+    def fingerprint(self) -> Tensor:
+        """64 bits of the table's hash, so that a kept state goes back to its own plan."""
+        table = self.coef.cpu().numpy().tobytes() + self.field.cpu().numpy().tobytes()
+        digest = hashlib.sha256(table).digest()
+        return torch.tensor(int.from_bytes(digest[:8], "little", signed=True), device="cpu")
 
     @classmethod
     def of(
@@ -76,7 +88,7 @@ class Run:
         self.plan, self.seed, self.row = plan, seed, 0
         self.seconds_network = 0.0
         self._sampler, self._coef, self._field = sampler, table.coef, table.field
-        self._row_numbers, self._given_start = table.row_numbers, table.given_start
+        self._row_numbers, self._table = table.row_numbers, table
         self._cond, self._guidance, self._noise = cond, guidance, noise
         self._x, self._keys = x, keys
         batch = x.shape[0]
@@ -92,7 +104,7 @@ class Run:
         self._evaluates = plan.evaluates.tolist()
         self._step, self._net = sampler.kernels.affine_step_, sampler.model.net
         self._null_cond = dict(sampler.model.null_cond or {})
-        self._checked = False
+        self._checked = self._running = False
         self._counts = not x.is_inference()  # inference tensors have no version counter
         self._needs_noise = ((plan.coef[:, :, Z] != 0).any(axis=1) | (plan.norm != 0)).tolist()
 
@@ -115,14 +127,30 @@ class Run:
         progress: bool = False,
         callback: Callable[[Step], None] | None = None,
     ) -> Run:
-        """Goes on for `rows` rows, or to the end."""
+        """Goes on for `rows` rows, or to the end.
+
+        Raises: ValueError or TypeError naming `rows` or `model`; RuntimeError when it is called
+        from the run's own network or callback.
+        """
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int)):
+            raise TypeError(f"rows: expected an integer ≥ 0 or None, got {rows!r}")
         if rows is not None and rows < 0:
             raise ValueError(f"rows: expected a number ≥ 0, got {rows}")
+        if self._running:
+            raise RuntimeError("advance: this run is being advanced already")
         left = self.plan.rows - self.row
         end = self.row + (left if rows is None else min(rows, left))
         if self._x.numel() == 0:
             self.row = end
             return self
+        self._running = True
+        try:
+            self._go(end, progress, callback)
+        finally:
+            self._running = False
+        return self
+
+    def _go(self, end: int, progress: bool, callback: Callable[[Step], None] | None) -> None:
         with _eval_mode(self._sampler.model.net), _bar(end - self.row, progress) as bar:
             for row in self._rows(end):
                 if bar is not None:
@@ -130,7 +158,6 @@ class Run:
                 if callback is not None:
                     time_of_row = float(self.plan.time[row])
                     callback(Step(row, self.plan.rows, time_of_row, self._x.clone()))
-        return self
 
     def _rows(self, end: int) -> Iterator[int]:
         """Runs the rows before `end` and yields each when it is done.
@@ -152,13 +179,16 @@ class Run:
                 begin = clock()
                 version = inputs._version if counts else 0
                 label = net_time if cast is None else net_time.to(cast)
+                label_version = label._version if counts else 0
                 network = net(inputs, label, **cond)
                 if guidance is not None:
                     uncond = net(inputs, label, **self._null_cond)
                 if not self._checked:
                     self._check_outputs(network, uncond)
-                if counts and inputs._version != version:
+                if counts and (inputs._version, label._version) != (version, label_version):
                     raise ValueError("model: the network changed its input in place")
+                if inputs.requires_grad:  # it differentiated by x: the next row starts afresh
+                    inputs.requires_grad_(False).grad = None
                 self.seconds_network += clock() - begin
             if self._noise is not None:
                 noise = self._given_noise(row)
@@ -167,17 +197,25 @@ class Run:
                     x, network, uncond, guidance, registers, keys, row_numbers[row], coef, field,
                     epsilon, noise, net_input, net_time, bad,
                 )  # fmt: skip
-            except RuntimeError as error:  # everything else was checked before the loop
+            except RuntimeError as error:
+                self._check_outputs(network, uncond)
+                if "another view" not in str(error):
+                    raise
                 raise ValueError(f"model: its output does not fit: {error}") from error
             self.row = row + 1
             yield row
 
     def _check_outputs(self, network: object, uncond: object) -> None:
-        """The first evaluation's outputs; the step's own checks are enough from there on."""
+        """The first evaluation's outputs; later ones are looked at when the step refuses them."""
         inputs = self._x if self._net_input is None else self._net_input
-        _check_output(network, inputs)
+        outputs = [_check_output(network, inputs)]
         if self._guidance is not None:
-            _check_output(uncond, inputs)
+            outputs.append(_check_output(uncond, inputs))
+            if outputs[0].data_ptr() == outputs[1].data_ptr():
+                raise ValueError(
+                    "model: both outputs under guidance are the same memory; return a new tensor "
+                    "from every call"
+                )
         self._checked = True
 
     def _given_noise(self, row: int) -> Tensor | None:
@@ -195,7 +233,7 @@ class Run:
         """The samples, once every row has run.
 
         Raises: ValueError when rows are left, or when the network gave a value that is not finite
-        (with step, time and sample).
+        (with step, time and sample), or the state became one.
         """
         if self.row < self.plan.rows:
             raise ValueError(f"result: {self.plan.rows - self.row} rows are left; call advance()")
@@ -210,6 +248,12 @@ class Run:
                 f"samples, first for sample {sample} at evaluation {step} of {self.plan.nfe} "
                 f"(row {row}, t = {self.plan.time[row]:.6g})"
             )
+        if not torch.isfinite(self._x).all():
+            finite = torch.isfinite(self._x).reshape(len(self._x), -1).all(1)
+            raise ValueError(
+                f"x: the state of sample {int(torch.argmin(finite.int()))} is not finite although "
+                "every network output was: they were too large, or the given noise or start was"
+            )
         return self._x
 
     def state(self) -> dict[str, Tensor]:
@@ -219,9 +263,10 @@ class Run:
             "x": self._x.clone(),
             "registers": registers.clone(),
             "keys": self._keys.clone(),
-            "row": torch.tensor(self.row),
+            "row": torch.tensor(self.row, device="cpu"),
             "first_bad": self._first_bad.clone(),
-            "given_start": torch.tensor(self._given_start),
+            "given_start": torch.tensor(self._table.given_start, device="cpu"),
+            "plan": self._table.fingerprint(),
         }
 
     def restore(self, row: int, registers: Tensor, first_bad: Tensor) -> None:
@@ -245,32 +290,45 @@ class Run:
                 self._net_input.copy_(self._x * scale)
 
 
-def _check_output(out: object, x: Tensor) -> None:
-    if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
+def _check_output(out: object, x: Tensor) -> Tensor:
+    if not isinstance(out, Tensor) or out.shape != x.shape or out.dtype not in FLOATS:
         got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out)
         raise ValueError(f"model: expected a floating tensor of shape {tuple(x.shape)}, got {got}")
     if out.device != x.device:
         raise ValueError(f"model: expected its output on {x.device}, got {out.device}")
+    return out
 
 
 def _lane(plan: Plan, name: str) -> int:
-    from sbm_fast.plan import H0, TAIL_LANES
-
     return 2 * (H0 + plan.registers) + TAIL_LANES.index(name)
+
+
+_in_use: WeakKeyDictionary[torch.nn.Module, list[int]] = WeakKeyDictionary()
+_in_use_lock = threading.Lock()
 
 
 @contextmanager
 def _eval_mode(net: object) -> Iterator[None]:
-    """Every submodule in eval mode, and each put back as it was."""
+    """Every submodule in eval mode, and each put back as it was.
+
+    Runs in several threads may share a module: the last one out puts it back.
+    """
     modules = list(net.modules()) if isinstance(net, torch.nn.Module) else []
-    training = [m for m in modules if m.training]
-    for module in training:
-        module.training = False
+    with _in_use_lock:
+        for module in modules:
+            users = _in_use.setdefault(module, [0, int(module.training)])
+            users[0] += 1
+            module.training = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _in_use_lock:
+            for module in modules:
+                users = _in_use[module]
+                users[0] -= 1
+                if users[0] == 0:
+                    module.training = bool(users[1])
+                    del _in_use[module]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from sbm_fast.arguments import check_cuda_graph, full_shape, placement, warn_abo
 from sbm_fast.backend import Kernels, choose_backend
 from sbm_fast.methods import make_plan
 from sbm_fast.model import ScoreModel, as_score_model
-from sbm_fast.plan import NORMS, Plan
+from sbm_fast.plan import NORMS, Plan, X
 from sbm_fast.run import NoiseHook, Run, Step, Table
 from sbm_fast.sde import SDE, as_sde
 
@@ -60,7 +60,7 @@ class Sampler:
         sde: object,
         shape: Sequence[int] | None = None,
         *,
-        method: str = "pc",
+        method: str | Plan = "pc",
         steps: int | None = None,
         num_samples: int = 16,
         cond: Mapping[str, Any] | None = None,
@@ -102,20 +102,31 @@ class Sampler:
             **method_options,
         )
         self._tables: dict[bool, Table] = {}
+        self._own_plan = method if isinstance(method, Plan) else None
+        if self._own_plan is not None:
+            whole = [k for k, v in self._plan_arguments.items() if v is not None]
+            if extra := sorted(set(whole) - {"sde", "method"}):
+                raise ValueError(f"{extra[0]}: the plan given as method has settled this already")
         warn_about(self.plan, self.net_dtype, math.prod(self.shape[1:]))
 
     @property
     def plan(self) -> Plan:
-        """The table that runs when no x_init is given."""
-        return self._table(False).plan
+        """The table that runs: the one given as method, else the one for no x_init."""
+        return self._table(self._own_plan is not None and _begins_given(self._own_plan)).plan
 
     def _table(self, given_start: bool) -> Table:
         if given_start not in self._tables:
-            arguments: dict[str, Any] = self._plan_arguments
-            plan = make_plan(model=self.model, given_start=given_start, **arguments)
+            plan = self._own_plan or self._written_plan(given_start)
+            if self._own_plan is not None and _begins_given(plan) != given_start:
+                need = "begins from a given state" if not given_start else "draws its own start"
+                raise ValueError(f"x_init: the plan given as method {need}")
             batch = self.shape[0]
             self._tables[given_start] = Table.of(plan, given_start, batch, self.dtype, self.device)
         return self._tables[given_start]
+
+    def _written_plan(self, given_start: bool) -> Plan:
+        arguments: dict[str, Any] = self._plan_arguments
+        return make_plan(model=self.model, given_start=given_start, **arguments)
 
     def start(
         self,
@@ -158,21 +169,28 @@ class Sampler:
     ) -> Run:
         """The run whose `Run.state()` was kept; it goes on to the bit as if it had never stopped.
 
-        Raises: ValueError when the state is not one of this sampler (shape, rows).
+        Raises: ValueError when the state is not one of this sampler (shape, dtype, plan).
         """
+        names = ("x", "registers", "keys", "row", "first_bad", "given_start", "plan")
         if not isinstance(state, Mapping):
             raise TypeError(f"state: expected what Run.state() returns, got {type(state).__name__}")
-        missing = {"x", "registers", "keys", "row", "first_bad", "given_start"} - set(state)
-        if missing:
-            raise ValueError(f"state: lacks {sorted(missing)}; expected what Run.state() returns")
-        table = self._table(bool(state["given_start"].item()))
-        plan = table.plan
-        row = int(state["row"].item())
-        if tuple(state["x"].shape) != self.shape or not 0 <= row <= plan.rows:
+        wrong = [n for n in names if not isinstance(state.get(n), Tensor)]
+        if wrong:
+            raise ValueError(f"state: no tensors for {wrong}; expected what Run.state() returns")
+        single = [n for n in ("row", "given_start", "plan") if state[n].numel() != 1]
+        if single or state["x"].dtype != self.dtype or tuple(state["x"].shape) != self.shape:
             raise ValueError(
-                f"state: expected x of shape {self.shape} and a row in [0, {plan.rows}], got "
-                f"{tuple(state['x'].shape)} and row {row}"
+                f"state: expected x {self.dtype} {self.shape} and single values for row, "
+                f"given_start and plan, got {state['x'].dtype} {tuple(state['x'].shape)}"
             )
+        table = self._table(bool(state["given_start"].item()))
+        row = int(state["row"].item())
+        if int(state["plan"].item()) != int(table.fingerprint().item()):
+            raise ValueError("state: was kept from another plan than this sampler's")
+        if not 0 <= row <= table.plan.rows:
+            raise ValueError(f"state: expected a row in [0, {table.plan.rows}], got {row}")
+        if not torch.isfinite(state["x"]).all() and not (state["first_bad"] >= 0).any():
+            raise ValueError("state: x holds values that are not finite")
         x = torch.empty(self.shape, dtype=self.dtype, device=self.device).copy_(state["x"])
         keys = state["keys"].to(self.device).contiguous()
         noise_module.check_keys(keys, self.shape[0], None, 0)
@@ -232,9 +250,10 @@ class Sampler:
             raise TypeError(f"x_init: expected a floating tensor, got {got}")
         if tuple(x_init.shape) != self.shape:
             raise ValueError(f"x_init: expected shape {self.shape}, got {tuple(x_init.shape)}")
-        if not torch.isfinite(x_init).all():
-            raise ValueError("x_init: holds values that are not finite")
-        return x.copy_(x_init).mul_(plan.start_scale)
+        x.copy_(x_init).mul_(plan.start_scale)
+        if not torch.isfinite(x).all():
+            raise ValueError(f"x_init: holds values that are not finite in {self.dtype}")
+        return x
 
     def _conditioning(
         self, cond: Mapping[str, Any] | None, guidance: float | Tensor | None
@@ -267,12 +286,16 @@ class Sampler:
         return cond, weight.expand(self.shape[0]).contiguous()
 
 
+def _begins_given(plan: Plan) -> bool:
+    return bool(plan.coef[0, 0, X] != 0)
+
+
 def sample(
     model: object,
     sde: object,
     shape: Sequence[int] | None = None,
     *,
-    method: str = "pc",
+    method: str | Plan = "pc",
     steps: int | None = None,
     seed: int | None = None,
     keys: Tensor | None = None,
@@ -307,7 +330,8 @@ def sample(
             `DDPMSchedule`, or score_sde's own objects).
         shape: of the result, batch included; None: (num_samples, *model.sample_shape).
         method: "em", "reverse_diffusion", "ancestral", "pc", "ald", "langevin", "ode", "ddim",
-            "edm"; its own options follow as keyword arguments (see `sbm_fast.methods`).
+            "edm"; its own options follow as keyword arguments (see `sbm_fast.methods`). Or a
+            `Plan` of your own (`sbm_fast.methods.PlanBuilder`, `Plan.load`).
         steps: steps of the method's main recursion.
         seed: gives sample b the key of global index first_sample + b, so that the same sample
             comes out of any batch. None: drawn from torch's default generator.

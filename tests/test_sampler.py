@@ -287,33 +287,3 @@ def test_a_sampler_can_be_called_again() -> None:
     kept = first.clone()
     sampler(seed=1, x_init=torch.zeros(4, 6))
     assert torch.equal(first, kept) and torch.equal(sampler(seed=0), kept)
-
-
-def test_time_has_the_networks_precision() -> None:
-    """A float64 state over a float32 network: the time embedding must not become float64."""
-    net = torch.nn.Linear(2, 2)
-    seen = []
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net
-
-        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            seen.append((x.dtype, t.dtype))
-            return self.net(x) + torch.nn.functional.linear(t[:, None], self.net.weight[:, :1])
-
-    model = sbm_fast.ScoreModel(Model(), predicts="eps")
-    x = sbm_fast.sample(
-        model, sbm_fast.VPSDE(), (3, 2), method="em", steps=2, seed=0, dtype=torch.float64
-    )
-    assert x.dtype == torch.float64
-    assert set(seen) == {(torch.float32, torch.float32)}
-
-
-def test_another_view_of_the_state_is_named() -> None:
-    with pytest.raises(ValueError, match=r"model: .*another view of the state"):
-        sbm_fast.sample(
-            lambda x, t: x.transpose(1, 2), sbm_fast.VPSDE(), (3, 4, 4), method="em", steps=2,
-            backend="cpu",
-        )  # fmt: skip

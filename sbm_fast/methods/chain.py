@@ -51,6 +51,8 @@ class Step:
 def transition(level: tuple[float, float], following: tuple[float, float]) -> tuple[float, ...]:
     """(k, β, posterior std) between two levels (m, σ)."""
     (m, sigma), (m_next, sigma_next) = level, following
+    if sigma == 0:
+        raise ValueError("t_min: there is no noise at this time (σ = 0), so no step to take")
     k = m / m_next
     beta = max(0.0, sigma**2 - (k * sigma_next) ** 2)
     return k, beta, sigma_next * math.sqrt(beta) / sigma

@@ -68,6 +68,8 @@ def guided_network(
     rows: Rows, network: Tensor, uncond: Tensor | None, guidance: Tensor | None, x: Tensor
 ) -> Tensor:
     """F = F_u + w·(F_c − F_u) with w = 1 + factor·(guidance − 1), in the state's dtype."""
+    if network.shape != x.shape or not network.is_floating_point():
+        raise RuntimeError("network: expected a floating tensor of the shape of x")
     f = network.to(x.dtype)
     if uncond is None or guidance is None:
         return f
