@@ -38,9 +38,9 @@ NVCC_FLAGS = (
     "-Xcompiler=-fPIC,-g0,-fvisibility=hidden,-ffp-contract=off,-Wall"
 ).split()
 SIMD_FLAGS = {
-    "avx2": "-mavx2 -mfma -mf16c".split(),
+    "avx2": "-mavx2 -mfma".split(),
     "avx512": (
-        "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma -mf16c -mprefer-vector-width=512"
+        "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma -mprefer-vector-width=512"
     ).split(),
 }
 

@@ -1,6 +1,5 @@
 // Plain C++: any processor.
-#include "gaussian.h"
-#include "kernels_cpu.h"
+#include "noise_values.h"
 
 namespace sbm {
 namespace {
@@ -12,17 +11,7 @@ void fill_groups(const uint64_t* keys, int64_t samples, uint64_t first_group, in
   for (int64_t i = 0; i < samples * groups; ++i) {
     const Words n =
         sample_words(keys[i / groups], first_group + uint64_t(i % groups), draw, stream);
-    float* z = out + 4 * i;
-    if constexpr (kind == NoiseKind::normal) {
-      box_muller<P>(n.w[0], n.w[1], z[0], z[1]);
-      box_muller<P>(n.w[2], n.w[3], z[2], z[3]);
-    } else {
-      for (int k = 0; k < 4; ++k) {
-        if constexpr (kind == NoiseKind::uniform) z[k] = uniform<P>(n.w[k]);
-        if constexpr (kind == NoiseKind::rademacher) z[k] = rademacher<P>(n.w[k]);
-        if constexpr (kind == NoiseKind::words) z[k] = P::from_bits(int32_t(n.w[k]));
-      }
-    }
+    noise_values<P, kind>(n.w, out + 4 * i);
   }
 }
 

@@ -1,8 +1,7 @@
 // Filling buffers with noise, one vector of Philox counters at a time.
 // Included once per instruction set, inside that set's own translation unit.
 #pragma once
-#include "gaussian.h"
-#include "kernels_cpu.h"
+#include "noise_values.h"
 
 namespace sbm {
 namespace {
@@ -93,16 +92,7 @@ constexpr int lane(int counter) {
 template <class P, NoiseKind kind>
 SBM_HD void store_noise(const Lanes<P>& n, float* out) {
   typename P::F z[4];
-  if constexpr (kind == NoiseKind::normal) {
-    box_muller<P>(n.w[0], n.w[1], z[0], z[1]);
-    box_muller<P>(n.w[2], n.w[3], z[2], z[3]);
-  } else {
-    for (int k = 0; k < 4; ++k) {
-      if constexpr (kind == NoiseKind::uniform) z[k] = uniform<P>(n.w[k]);
-      if constexpr (kind == NoiseKind::rademacher) z[k] = rademacher<P>(n.w[k]);
-      if constexpr (kind == NoiseKind::words) z[k] = P::from_bits(P::as_int(n.w[k]));
-    }
-  }
+  noise_values<P, kind>(n.w, z);
   P::store4(out, z[0], z[1], z[2], z[3]);
 }
 
