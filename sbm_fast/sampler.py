@@ -325,7 +325,8 @@ def sample(
 
     Args:
         model: a `ScoreModel`, a network of this package, or any callable (x, t) → score, with t
-            float [B] in (0, T].
+            float [B] in (0, T]. It gets the same tensor objects in every row (copy what it keeps),
+            and a module is put into eval mode only when it is the model itself.
         sde: the SDE to sample under (`VESDE`, `VPSDE`, `SubVPSDE`, `EDMSDE`, `NCSNLadder`,
             `DDPMSchedule`, or score_sde's own objects).
         shape: of the result, batch included; None: (num_samples, *model.sample_shape).
