@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,22 @@ DEMO_PICTURE = "sbm_fast_digits.png"
 DEMO_STEPS = 200
 DEMO_OPTIONS: dict[str, Any] = {"snr": 0.16}
 
+COUNT = click.IntRange(min=1)
+
+SAMPLE_SETS = {
+    "model": "WEIGHTS",
+    "sde": "--sde",
+    "num_samples": "--num",
+    "method": "--method",
+    "steps": "--steps",
+    "seed": "--seed",
+    "first_sample": "--first-sample",
+    "backend": "--backend",
+    "progress": "",
+    "return_info": "",
+}
+"""Arguments of `sbm_fast.sample` that the command `sample` gives, and how to set them there."""
+
 
 def _named_errors(command: Callable[..., None]) -> Callable[..., None]:
     """The library's own errors as one line, without a traceback."""
@@ -27,6 +44,11 @@ def _named_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
             raise click.ClickException(str(error)) from error
+        except (RuntimeError, MemoryError, OverflowError) as error:
+            # Torch's go on for lines of C++, and a MemoryError says nothing at all.
+            first = (str(error).strip().splitlines() or [""])[0]
+            name = type(error).__name__
+            raise click.ClickException(f"{name}: {first}" if first else name) from error
 
     return run
 
@@ -38,8 +60,9 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--num", default=64, show_default=True, help="How many digits.")
-@click.option("--steps", default=DEMO_STEPS, show_default=True, help="Predictor steps.")
+@click.option("--num", default=64, show_default=True, type=COUNT, help="How many digits.")
+@click.option("--steps", default=DEMO_STEPS, show_default=True, type=COUNT,
+              help="Predictor steps.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", default=DEMO_PICTURE, show_default=True, type=click.Path(dir_okay=False))
 @_named_errors
@@ -47,6 +70,7 @@ def demo(num: int, steps: int, seed: int, out: str) -> None:
     """Samples handwritten digits by predictor-corrector and writes a PNG grid."""
     from sbm_fast.nn import shipped
 
+    _checked_out(out, ".png")
     net = shipped.digits()
     x, info = sbm_fast.sample(
         net,
@@ -68,8 +92,8 @@ def demo(num: int, steps: int, seed: int, out: str) -> None:
 @click.argument("weights", required=False, type=click.Path(exists=True, dir_okay=False))
 @click.option("--method", default="pc", show_default=True, help="Sampling method.")
 @click.option("--sde", "sde_text", help="Such as 'VESDE(0.01, 50)'; default: the network's own.")
-@click.option("--steps", type=int, help="Steps of the method; default: its own.")
-@click.option("--num", default=16, show_default=True, help="How many samples.")
+@click.option("--steps", type=COUNT, help="Steps of the method; default: its own.")
+@click.option("--num", default=16, show_default=True, type=COUNT, help="How many samples.")
 @click.option("--seed", type=int, help="Default: a fresh one, which is printed.")
 @click.option("--first-sample", default=0, show_default=True, help="Global index of the first.")
 @click.option("--backend", default="auto", show_default=True)
@@ -93,7 +117,8 @@ def sample(
     """Samples from a network of this package (WEIGHTS: .safetensors; default: the digits)."""
     from sbm_fast.nn import UNet, shipped
 
-    write = _writer(Path(out))
+    write = _writer(_checked_out(out, ".png", ".safetensors", ".npz"))
+    extra = _parse_options(options)
     net = UNet.load(weights) if weights else shipped.digits()
     x, info = sbm_fast.sample(
         net,
@@ -106,7 +131,7 @@ def sample(
         backend=backend,
         progress=True,
         return_info=True,
-        **dict(_parse_option(text) for text in options),
+        **extra,
     )
     _report(info)
     write(x)
@@ -121,13 +146,14 @@ def train() -> None:
 @train.command("digits")
 @click.option("--out", default="digits.safetensors", show_default=True,
               type=click.Path(dir_okay=False))  # fmt: skip
-@click.option("--steps", type=int, help="Optimisation steps; default: those of the shipped file.")
+@click.option("--steps", type=COUNT, help="Optimisation steps; default: those of the shipped file.")
 @click.option("--seed", default=0, show_default=True)
 @_named_errors
 def train_digits(out: str, steps: int | None, seed: int) -> None:
     """Trains the shipped network of handwritten digits by denoising score matching."""
     from sbm_fast.training import digits
 
+    _checked_out(out, ".safetensors")
     result = digits.train_digits(out, steps=digits.STEPS if steps is None else steps, seed=seed)
     click.echo(f"held-out loss {result.held_out_loss:.4f}, weights in {out}")
 
@@ -176,8 +202,32 @@ def _parse_option(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _parse_options(texts: tuple[str, ...]) -> dict[str, Any]:
+    options = dict(_parse_option(text) for text in texts)
+    for name in options:
+        if name in SAMPLE_SETS:
+            instead = f"; use {SAMPLE_SETS[name]}" if SAMPLE_SETS[name] else ""
+            raise ValueError(
+                f"--option: expected an option that the command does not set itself, "
+                f"got {name}{instead}"
+            )
+    return options
+
+
+def _checked_out(out: str, *endings: str) -> Path:
+    """The path, if a file of one of these endings can be there; asked before any work is done."""
+    path = Path(out)
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"--out: expected a file ending in {' or '.join(endings)}, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out: expected a file in a folder that exists, got {path}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--out: expected a file in a folder that can be written to, got {path}")
+    return path
+
+
 def _writer(path: Path) -> Callable[[Tensor], object]:
-    """What writes samples to a file of this ending; asked before anything is sampled."""
+    """What writes samples to a file of this ending."""
     ending = path.suffix.lower()
     if ending == ".safetensors":
         from safetensors.torch import save_file
@@ -186,7 +236,10 @@ def _writer(path: Path) -> Callable[[Tensor], object]:
     if ending == ".npz":
         import numpy as np
 
-        return lambda x: np.savez(path, samples=x.cpu().numpy())
-    if ending == ".png":
-        return lambda x: save_grid(x, path, zoom=max(1, 64 // x.shape[-1]))
-    raise ValueError(f"--out: expected a file ending in .png, .safetensors or .npz, got {path}")
+        def write_npz(x: Tensor) -> None:
+            # Given a name, savez adds an ending to one that is not exactly .npz (.NPZ).
+            with open(path, "wb") as file:
+                np.savez(file, samples=x.cpu().numpy())
+
+        return write_npz
+    return lambda x: save_grid(x, path, zoom=max(1, 64 // x.shape[-1]))

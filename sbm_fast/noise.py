@@ -21,6 +21,7 @@ name                    stream  draw
 
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +33,16 @@ from sbm_fast.ops._library import use_compiled
 __all__ = ["DEQUANTISATION", "PRIOR", "PROBE", "TRAINING", "TRAINING_TIME", "TRAJECTORY"]
 __all__ += ["fresh_seed", "keys", "normal", "rademacher", "uniform"]
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPE_NAMES = ", ".join(str(dtype) for dtype in DTYPES)
+
 PRIOR, TRAJECTORY, PROBE, DEQUANTISATION, TRAINING, TRAINING_TIME = range(6)
 
 
 def fresh_seed() -> int:
     """A seed drawn from torch's default generator, so that `torch.manual_seed` governs it."""
-    return int(torch.randint(2**63 - 1, ()).item())
+    # On the CPU whatever the default device is: a seed on "meta" has no value.
+    return int(torch.randint(2**63 - 1, (), device="cpu").item())
 
 
 def keys(
@@ -82,9 +87,10 @@ def normal(
         shape: (samples, …).
         draw, stream: which noise of these samples, each in [0, 2³²).
         keys: int64 [samples], instead of seed and first_sample.
-        dtype: torch.float32 or a wider/narrower float the values are converted to.
+        dtype: torch.float32, or torch.float64, bfloat16 or float16 the values are converted to.
         backend: "auto", "cpu" (compiled) or "eager" (plain torch, any device).
-        out: a tensor of `shape` to fill, in any memory format.
+        out: a tensor of `shape` and one of these dtypes to fill, in any memory format in which no
+            two elements share memory. It settles dtype and device.
 
     Raises: ValueError or TypeError naming the argument.
     """
@@ -145,13 +151,12 @@ def _fill(
     out: Tensor | None,
 ) -> Tensor:
     shape = _checked_shape(shape)
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected one of {_DTYPE_NAMES}, got {dtype!r}")
     if out is None:
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
         out = torch.empty(shape, dtype=dtype, device=device)
-    elif tuple(out.shape) != shape or not out.is_floating_point():
-        raise ValueError(f"out: expected a floating tensor of shape {shape}, got {out.dtype} "
-                         f"{tuple(out.shape)}")  # fmt: skip
+    else:
+        _check_out(out, shape, dtype, device)
     if sample_keys is None:
         chosen = fresh_seed() if seed is None else seed
         sample_keys = keys(chosen, shape[0], first_sample, out.device)
@@ -163,6 +168,29 @@ def _fill(
     fill = _implementation(kind, out, backend)
     fill(out, sample_keys, draw, stream)
     return out
+
+
+def _check_out(
+    out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None
+) -> None:
+    """ValueError or TypeError unless `out=` can be filled and agrees with the other arguments."""
+    if not isinstance(out, Tensor) or out.dtype not in DTYPES:
+        got = out.dtype if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"out: expected a tensor of one of {_DTYPE_NAMES}, got {got}")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out: expected shape {shape}, got {tuple(out.shape)}")
+    if any(size > 1 and stride == 0 for size, stride in zip(shape, out.stride(), strict=True)):
+        raise ValueError(
+            f"out: expected elements that don't share memory, got strides {tuple(out.stride())} "
+            f"for shape {shape}"
+        )
+    # float32 is the default and cannot be told from a dtype that was asked for.
+    if dtype not in (torch.float32, out.dtype):
+        raise ValueError(f"dtype: expected that of out, {out.dtype}, got {dtype}")
+    if device is not None:
+        asked = torch.device(device)
+        if asked.type != out.device.type or asked.index not in (None, out.device.index):
+            raise ValueError(f"device: expected that of out, {out.device}, got {asked}")
 
 
 def check_keys(sample_keys: Tensor, samples: int, seed: int | None, first_sample: int) -> None:
@@ -197,9 +225,16 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-def _checked_int(name: str, value: int, low: int, high: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+def _checked_int(name: str, value: Any, low: int, high: int) -> int:
+    kind = type(value).__name__
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {kind}")
+    # An int that torch.compile traces is a symbol: it passes isinstance but not operator.index.
+    if not isinstance(value, int):
+        try:
+            value = operator.index(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name}: expected an int, got {kind}") from None
     if not low <= value < high:
         raise ValueError(f"{name}: expected a value in [{low}, {high}), got {value}")
     return int(value)

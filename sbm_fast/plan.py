@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,6 +46,7 @@ FIELD_LANES = ("slot", "stream", "draw", "norm")
 
 _FORMAT = 1
 _MAX_INT32 = 2**31 - 1
+_MAX_REGISTERS = 8  # kMaxRegisters of csrc/row.h: the kernels have room for no more
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +75,7 @@ class Plan:
 
     Raises:
         ValueError: naming the field that does not hold together (:meth:`check`).
+        TypeError: naming the field that holds another kind of value.
     """
 
     method: str
@@ -109,18 +112,43 @@ class Plan:
     _INTEGER: ClassVar[tuple[str, ...]] = ("slot", "stream", "draw", "norm")
 
     def __post_init__(self) -> None:
+        kinds: dict[str, tuple[type | tuple[type, ...], str]] = {
+            "method": (str, "a str"),
+            "description": (Mapping, "a dict"),
+            "start_scale": ((int, float, np.integer, np.floating), "a positive number"),
+        }
+        for name, (kind, expected) in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
         for name in ("coef", *self._TRAILING):
-            kind: Any = np.float64
-            if name in self._INTEGER:
-                kind = np.int64
-            elif name == "evaluates":
-                kind = np.bool_
-            array = np.array(getattr(self, name), dtype=kind, order="C")
+            array = self._converted(name, getattr(self, name))
             array.setflags(write=False)
             object.__setattr__(self, name, array)
         object.__setattr__(self, "description", dict(self.description))
         object.__setattr__(self, "start_scale", float(self.start_scale))
         self.check()
+
+    def _converted(self, name: str, value: Any) -> NDArray[Any]:
+        """A copy of the values as the field holds them; an error rather than a silent rounding."""
+        kind: Any = np.float64
+        expected, kinds = "real numbers", "iuf"
+        if name in self._INTEGER:
+            kind, expected = np.int64, "integers"
+        elif name == "evaluates":
+            kind, expected, kinds = np.bool_, "booleans", "b"
+        try:
+            given = np.asarray(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}: expected an array of {expected} ({error})") from error
+        if given.dtype.kind not in kinds:
+            raise TypeError(f"{name}: expected {expected}, got an array of {given.dtype}")
+        with np.errstate(invalid="ignore", over="ignore"):
+            array = np.array(given, dtype=kind, order="C")
+        if name in self._INTEGER and not np.array_equal(array, given):
+            wrong = given[array != given].flat[0]
+            raise ValueError(f"{name}: expected integers, got {wrong}")
+        return array
 
     @property
     def rows(self) -> int:
@@ -145,6 +173,9 @@ class Plan:
         """
         if self.coef.ndim != 3 or self.coef.shape[1] != 2 or self.coef.shape[2] < 4:
             raise ValueError(f"coef: expected [rows, 2, 4 + registers], got {self.coef.shape}")
+        if self.registers > _MAX_REGISTERS:
+            raise ValueError(f"coef: expected at most {_MAX_REGISTERS} registers, "
+                             f"got {self.registers}")  # fmt: skip
         if self.rows < 1:
             raise ValueError("coef: a plan needs at least one row, got 0")
         for name, trailing in self._TRAILING.items():
@@ -153,6 +184,7 @@ class Plan:
                 raise ValueError(f"{name}: expected shape {(self.rows, *trailing)}, got {shape}")
         self._check_values()
         self._check_start_rows()
+        self._check_evaluations()
         self._check_registers()
         self._check_langevin()
 
@@ -199,6 +231,19 @@ class Plan:
             raise ValueError(f"evaluates: row {row} lacks an evaluation; only start rows may")
         if np.any(self.coef[:start, :, (F, D)]):
             raise ValueError("coef: a start row reads F or D, but no network was evaluated")
+
+    def _check_evaluations(self) -> None:
+        held = {
+            "c_in": (
+                (self.c_in != 0) | ~self.evaluates,
+                "an evaluating row needs a value that is not 0",
+            ),
+            "marginal": (self.marginal[:, 1] >= 0, "σ must not be negative"),
+        }
+        for name, (good, need) in held.items():
+            if not good.all():
+                row = int(np.argmin(good))
+                raise ValueError(f"{name}: row {row}: {need}, got {getattr(self, name)[row]}")
 
     def _check_registers(self) -> None:
         written: set[int] = set()
@@ -364,7 +409,8 @@ class Plan:
         """Read a plan written by :meth:`save`; the table is checked again.
 
         Raises:
-            ValueError: naming ``path`` when the file is no plan or of another format.
+            ValueError: naming ``path`` when the file is no plan, of another format, or holds a
+                table that fails the check.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -374,8 +420,8 @@ class Plan:
             known = {field.name for field in fields(cls)} - set(arrays)
             if found != _FORMAT or set(header) != known:
                 raise ValueError(f"format {found!r}, this version reads {_FORMAT}")
+            return cls(**header, **arrays)
         except OSError:
             raise
         except Exception as error:
             raise ValueError(f"path: {os.fspath(path)!r} is not a saved plan ({error})") from error
-        return cls(**header, **arrays)

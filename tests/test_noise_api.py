@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import noise_cases as cases
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -135,6 +136,38 @@ def test_no_seed_follows_torch_manual_seed() -> None:
     assert torch.equal(noise.normal(noise.fresh_seed(), (2, 3)), a)
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_fresh_seed_has_a_value_on_every_default_device(device: str) -> None:
+    with torch.device(device):
+        assert 0 <= noise.fresh_seed() < 2**63
+
+
+def test_integers_of_other_kinds() -> None:
+    plain = noise.normal(3, (2, 3), draw=4)
+    for kind in (torch.tensor, np.int64, np.uint8):
+        assert torch.equal(noise.normal(kind(3), (2, 3), draw=kind(4)), plain)
+
+
+def test_out_settles_dtype_and_device() -> None:
+    out = torch.empty(2, 3, dtype=torch.float64)
+    plain = noise.normal(0, (2, 3)).double()
+    assert torch.equal(noise.normal(0, (2, 3), out=out), plain)
+    assert torch.equal(noise.normal(0, (2, 3), out=out, dtype=torch.float64, device="cpu"), plain)
+    # One row: its stride does not matter.
+    row = torch.empty(3).expand(1, 3)
+    assert torch.equal(noise.normal(0, (1, 3), out=row), noise.normal(0, (1, 3)))
+
+
+def test_compiled_calls_follow_draw_and_seed() -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(seed: int, draw: int) -> Tensor:
+        return noise.normal(seed, (2, 5), draw=draw)
+
+    for seed in (5, 6):
+        for draw in range(3):
+            assert torch.equal(compiled(seed, draw), noise.normal(seed, (2, 5), draw=draw))
+
+
 KEYS = torch.zeros(2, dtype=torch.int64)
 BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("seed", TypeError, {"seed": 1.5}),
@@ -158,7 +191,19 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("backend", ValueError, {"backend": "gpu"}),
     ("backend", ValueError, {"backend": "cpu", "device": "meta"}),
     ("out", ValueError, {"out": torch.empty(2, 4)}),
-    ("out", ValueError, {"out": torch.empty(2, 3, dtype=torch.int32)}),
+    ("draw", ValueError, {"draw": torch.tensor(-1)}),
+    ("seed", TypeError, {"seed": torch.tensor(1.5)}),
+    ("seed", TypeError, {"seed": torch.tensor([1, 2])}),
+    ("dtype", TypeError, {"dtype": "float32"}),
+    ("dtype", TypeError, {"dtype": None}),
+    ("dtype", TypeError, {"dtype": torch.float8_e4m3fn}),
+    ("dtype", TypeError, {"dtype": torch.complex64}),
+    ("out", TypeError, {"out": torch.empty(2, 3, dtype=torch.int32)}),
+    ("out", TypeError, {"out": torch.empty(2, 3, dtype=torch.float8_e4m3fn)}),
+    ("out", TypeError, {"out": [0.0]}),
+    ("out", ValueError, {"out": torch.empty(1, 3).expand(2, 3)}),
+    ("dtype", ValueError, {"out": torch.empty(2, 3), "dtype": torch.float64}),
+    ("device", ValueError, {"out": torch.empty(2, 3), "device": "meta"}),
     ("keys", ValueError, {"keys": KEYS}),
     ("keys", ValueError, {"seed": None, "keys": KEYS, "first_sample": 1}),
     ("keys", ValueError, {"seed": None, "keys": KEYS[:1]}),

@@ -57,6 +57,8 @@ def test_it_does_not_share_memory_with_what_it_was_made_from() -> None:
         ("time", 4, np.nan, "time: row 4"),
         ("label", 4, np.inf, "label: row 4"),
         ("c_in", 4, np.nan, "c_in: row 4"),
+        ("c_in", 4, 0.0, "c_in: row 4: an evaluating row needs a value that is not 0"),
+        ("marginal", (2, 1), -0.1, "marginal: row 2: σ must not be negative"),
         ("guidance", 1, np.nan, "guidance: row 1"),
         ("langevin", (1, 1), np.nan, "langevin: row 1"),
         ("marginal", (1, 1), np.nan, "marginal: row 1"),
@@ -91,6 +93,40 @@ def test_check_of_shapes_and_scale() -> None:
         replace(plan, label=plan.label[1:])
     with pytest.raises(ValueError, match="start_scale: expected a positive number"):
         replace(plan, start_scale=0.0)
+
+
+EDITED: list[tuple[str, Any, type[Exception], str]] = [
+    ("coef", lambda a: a.astype(complex), TypeError, "coef: expected real numbers"),
+    ("coef", lambda a: a.astype(str), TypeError, "coef: expected real numbers"),
+    ("label", lambda a: a.astype(object), TypeError, "label: expected real numbers"),
+    ("time", lambda a: [[1.0], [1.0, 2.0]], ValueError, "time: expected an array of real numbers"),
+    ("slot", lambda a: a + 0.5, ValueError, "slot: expected integers, got "),
+    ("stream", lambda a: a + np.nan, ValueError, "stream: expected integers, got nan"),
+    ("draw", lambda a: a + 1e30, ValueError, "draw: expected integers, got 1e"),
+    ("draw", lambda a: a.astype(np.uint64) + np.uint64(2**63), ValueError, "draw: "),
+    ("norm", lambda a: a.astype(str), TypeError, "norm: expected integers, got an array of <U"),
+    ("evaluates", lambda a: a.astype(float), TypeError, "evaluates: expected booleans"),
+    ("coef", lambda a: np.zeros((len(a), 2, 13)), ValueError, "coef: expected at most 8 registers"),
+    ("method", lambda a: 3, TypeError, "method: expected a str, got int"),
+    ("description", lambda a: "ode", TypeError, "description: expected a dict, got str"),
+    ("start_scale", lambda a: "1", TypeError, "start_scale: expected a positive number, got str"),
+]
+
+
+@pytest.mark.parametrize(("name", "edit", "error", "match"), EDITED)
+def test_edited_values_are_of_the_right_kind(
+    name: str, edit: Any, error: type[Exception], match: str
+) -> None:
+    plan = plan_of()
+    with pytest.raises(error, match=f"^{match}"):
+        replace(plan, **{name: edit(getattr(plan, name))})
+
+
+def test_integers_may_come_as_floats() -> None:
+    plan = plan_of()
+    again = replace(plan, draw=plan.draw.astype(float), stream=plan.stream.tolist())
+    assert plan.difference(again) == ""
+    assert again.draw.dtype == np.int64
 
 
 def test_langevin_rows_have_their_form() -> None:
@@ -272,6 +308,29 @@ def test_load_refuses_what_is_no_plan(tmp_path: Path) -> None:
     np.savez(broken, **arrays)
     with pytest.raises(ValueError, match="format 99, this version reads 1"):
         Plan.load(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "reason"),
+    [
+        ("slot", lambda a: a + 0.5, "slot: expected integers"),
+        ("coef", lambda a: a * 1j, "coef: expected real numbers"),
+        ("c_in", lambda a: a * 0, "c_in: row 1: an evaluating row"),
+        ("header", lambda a: np.array(str(a).replace('"ode"', "7")), "method: expected a str"),
+        ("header", lambda a: np.array("[1, 2]"), ""),
+    ],
+)
+def test_load_names_the_path_and_the_reason(
+    tmp_path: Path, name: str, edit: Any, reason: str
+) -> None:
+    path = tmp_path / "edited.npz"
+    plan_of().save(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays[name] = edit(arrays[name])
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=rf"path: .*edited.npz' is not a saved plan \({reason}"):
+        Plan.load(path)
 
 
 def test_norm_names() -> None:
