@@ -113,13 +113,19 @@ class TileStep {
     return network_.v;
   }
 
-  const S* noise() {
+  // z; made in `keep` where that is given and whole vectors fit the tile's samples.
+  const S* noise(S* keep = nullptr) {
     if (a_.noise.given()) return read(a_.noise, t_, noise_.v);
     const uint32_t stream = uint32_t(field_[kStream]), draw = uint32_t(field_[kDraw]);
-    fill_tile<P, NoiseKind::normal>(a_.keys, t_, draw, stream, noise_f32());
-    if constexpr (sizeof(S) == sizeof(double))
+    if constexpr (sizeof(S) == sizeof(float)) {
+      S* const z = keep && t_.count % kSlack == 0 ? keep : noise_.v;
+      fill_tile<P, NoiseKind::normal>(a_.keys, t_, draw, stream, z);
+      return z;
+    } else {
+      fill_tile<P, NoiseKind::normal>(a_.keys, t_, draw, stream, narrow_.v);
       for (int64_t i = 0; i < n_; ++i) noise_.v[i] = narrow_.v[i];
-    return noise_.v;
+      return noise_.v;
+    }
   }
 
   const S* state() { return read(a_.x, t_, state_.v); }
@@ -216,13 +222,6 @@ class TileStep {
   void next_input(const S* x) {
     const S scale = hi_[layout_.next_scale()];
     if (scale != S(0) && a_.net_input.given()) store(a_.net_input, t_, x, scale);
-  }
-
-  float* noise_f32() {
-    if constexpr (sizeof(S) == sizeof(float))
-      return noise_.v;
-    else
-      return narrow_.v;
   }
 
   const StepArgs<S>& a_;
@@ -323,13 +322,14 @@ void squares(const StepArgs<S>& args, const Tile& tile, SquareSums<S>* sums, S* 
   TileStep<P, S> step(args, tile);
   step.fetch();
   const bool needs_noise = norm != kSqrtD || keep_noise;
-  const S* const z = needs_noise ? step.noise() : nullptr;
+  const S* const z = needs_noise ? step.noise(keep_noise) : nullptr;
   const S* const score = step.score();
   for (int64_t s = 0; s < tile.samples; ++s) {
     sums[s].score = sum_squares(score + s * tile.count, tile.count);
     if (z) sums[s].noise = sum_squares(z + s * tile.count, tile.count);
   }
-  if (keep_noise) memcpy(keep_noise, z, size_t(tile.samples * tile.count) * sizeof(S));
+  if (keep_noise && z != keep_noise)
+    memcpy(keep_noise, z, size_t(tile.samples * tile.count) * sizeof(S));
 }
 
 template <class P>
