@@ -1,5 +1,6 @@
 """What is measured, on how many threads, beside what, and the goals."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,7 +61,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Workload:
+class Workload(ABC):
     """One group of implementations that do the same.
 
     Attributes:
@@ -80,15 +81,17 @@ class Workload:
     goals: tuple[Goal, ...]
 
     @property
+    @abstractmethod
     def labels(self) -> tuple[str, ...]:
-        raise NotImplementedError
+        """Names of the implementations."""
 
+    @abstractmethod
     def case(self, label: str) -> Case:
-        raise NotImplementedError
+        """What is timed for one of them."""
 
+    @abstractmethod
     def check(self) -> dict[str, float]:
         """Errors of every implementation; AssertionError when one is not right."""
-        raise NotImplementedError
 
     @property
     def title(self) -> str:

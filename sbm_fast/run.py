@@ -87,7 +87,7 @@ class Run:
         plan = table.plan
         self.plan, self.seed, self.row = plan, seed, 0
         self.seconds_network = 0.0
-        self._sampler, self._coef, self._field = sampler, table.coef, table.field
+        self._coef, self._field = table.coef, table.field
         self._row_numbers, self._table = table.row_numbers, table
         self._cond, self._guidance, self._noise = cond, guidance, noise
         self._x, self._keys = x, keys
@@ -151,7 +151,7 @@ class Run:
         return self
 
     def _go(self, end: int, progress: bool, callback: Callable[[Step], None] | None) -> None:
-        with _eval_mode(self._sampler.model.net), _bar(end - self.row, progress) as bar:
+        with _eval_mode(self._net), _bar(end - self.row, progress) as bar:
             for row in self._rows(end):
                 if bar is not None:
                     bar.update()
