@@ -179,7 +179,7 @@ void add_slots(sbm::StepArgs<S>& a, const MaybeTensor& registers, const Tensor& 
 
 // Rows name sources; what they name must be there. The table is small beside a batch.
 template <class S>
-void check_sources(const sbm::StepArgs<S>& a) {
+void check_sources(const sbm::StepArgs<S>& a, bool coupled) {
   if (a.numel == 0) return;
   const sbm::RowLayout layout{a.registers};
   for (int64_t b = 0; b < (a.row_stride == 0 ? (a.batch > 0) : a.batch); ++b) {
@@ -188,6 +188,8 @@ void check_sources(const sbm::StepArgs<S>& a) {
     const S* hi = a.coef + row * 2 * layout.lanes();
     const int32_t* field = a.field + row * sbm::kFields;
     const bool norm = field[sbm::kNorm] != sbm::kNoNorm;
+    STD_TORCH_CHECK(coupled || field[sbm::kNorm] != sbm::kBatchMean, "coupled: is False, but row ",
+                    row, " couples the samples (batch_mean)");
     bool network = norm;
     for (int k : {sbm::kNetwork, sbm::kDenoised})
       network =
@@ -203,7 +205,7 @@ void step(const Tensor& x, const MaybeTensor& network, const MaybeTensor& uncond
           const MaybeTensor& guidance, const MaybeTensor& registers, const Tensor& keys,
           const Tensor& row, const Tensor& coef, const Tensor& field, const MaybeTensor& epsilon,
           const MaybeTensor& noise, const MaybeTensor& net_input, const MaybeTensor& net_time,
-          const MaybeTensor& first_bad) {
+          const MaybeTensor& first_bad, bool coupled) {
   constexpr ScalarType dtype = state_dtype<S>();
   auto a = common_args<S>(x, network, uncond, guidance, keys, row, coef, field, noise);
   add_slots(a, registers, x);
@@ -213,7 +215,7 @@ void step(const Tensor& x, const MaybeTensor& network, const MaybeTensor& uncond
   a.epsilon = vector<S>(epsilon, a.batch, dtype, "epsilon");
   a.net_time = vector<S>(net_time, a.batch, dtype, "net_time");
   a.first_bad = vector<int32_t>(first_bad, a.batch, ScalarType::Int, "first_bad");
-  check_sources(a);
+  check_sources(a, coupled);
   sbm::affine_step_cpu(a);
 }
 
@@ -229,10 +231,11 @@ void affine_step_(Tensor x, const MaybeTensor& network, const MaybeTensor& uncon
                   const Tensor& row, const Tensor& coef, const Tensor& field,
                   const MaybeTensor& epsilon, const MaybeTensor& noise,
                   const MaybeTensor& net_input, const MaybeTensor& net_time,
-                  const MaybeTensor& first_bad) {
+                  const MaybeTensor& first_bad, const MaybeTensor& /* workspace: for GPUs */,
+                  bool coupled) {
   const auto run = is_double(x) ? step<double> : step<float>;
   run(x, network, uncond, guidance, registers, keys, row, coef, field, epsilon, noise, net_input,
-      net_time, first_bad);
+      net_time, first_bad, coupled);
 }
 
 template <class S>
@@ -289,7 +292,7 @@ STABLE_TORCH_LIBRARY(sbm_fast, m) {
       "affine_step_(Tensor(a!) x, Tensor? network, Tensor? uncond, Tensor? guidance, "
       "Tensor(b!)? registers, Tensor keys, Tensor row, Tensor coef, Tensor field, "
       "Tensor(c!)? epsilon, Tensor? noise, Tensor(d!)? net_input, Tensor(e!)? net_time, "
-      "Tensor(f!)? first_bad) -> ()");
+      "Tensor(f!)? first_bad, Tensor(g!)? workspace=None, bool coupled=True) -> ()");
   m.def(
       "langevin_epsilon_(Tensor(a!) epsilon, Tensor x, Tensor network, Tensor? uncond, "
       "Tensor? guidance, Tensor keys, Tensor row, Tensor coef, Tensor field, Tensor? noise) "

@@ -20,6 +20,10 @@ Arguments (B samples; S the state's dtype, float32 or float64):
     net_input [B, …] any float dtype and memory format: receives c_in·x' of the next evaluation.
     net_time [B] S: receives the next evaluation's time label.
     first_bad int32 [B]: receives the row at which F was first not finite, where it is negative.
+    workspace: from `workspace_for(x)`, kept between calls; GPUs sum norms in it (without it they
+        allocate one). Not used on the CPU.
+    coupled: False promises that no row has the norm "batch_mean", which couples the samples. On a
+        GPU a sample that fits on chip then takes one launch.
 """
 
 import torch
@@ -28,7 +32,20 @@ from torch import Tensor
 from sbm_fast.ops import langevin_epsilon
 from sbm_fast.ops._library import register
 from sbm_fast.ops._row import Rows, guided_network, per_sample, row_noise, weighted_sum
-from sbm_fast.plan import H0, D, F, X, Z
+from sbm_fast.plan import H0, NORMS, D, F, X, Z
+
+BATCH_MEAN = NORMS.index("batch_mean")
+
+
+def workspace_for(x: Tensor) -> Tensor:
+    """The `workspace` that GPU kernels need for rows with a norm, zeroed as they expect it.
+
+    A ticket, then norms of score and noise: one pair a sample, and one a block of `BLOCK` elements.
+    """
+    batch = x.shape[0]
+    blocks = -(-(x[0].numel() if batch else 0) // langevin_epsilon.BLOCK)
+    return x.new_zeros(4 + 2 * batch * (1 + blocks))
+
 
 
 def reference(
@@ -46,11 +63,15 @@ def reference(
     net_input: Tensor | None,
     net_time: Tensor | None,
     first_bad: Tensor | None,
+    workspace: Tensor | None = None,
+    coupled: bool = True,
 ) -> None:
     """The step in plain torch, on any device."""
     if x.numel() == 0:
         return
     rows = Rows.of(row, coef, field)
+    if not coupled and (rows.live & (rows.number("norm") == BATCH_MEAN)).any():
+        raise RuntimeError("coupled: is False, but a row couples the samples (batch_mean)")
     f = None if network is None else guided_network(rows, network, uncond, guidance, x)
     if f is not None and first_bad is not None:
         _note_bad(rows, f, row, first_bad)
@@ -121,6 +142,6 @@ affine_step_ = register(
     "affine_step_(Tensor(a!) x, Tensor? network, Tensor? uncond, Tensor? guidance, "
     "Tensor(b!)? registers, Tensor keys, Tensor row, Tensor coef, Tensor field, "
     "Tensor(c!)? epsilon, Tensor? noise, Tensor(d!)? net_input, Tensor(e!)? net_time, "
-    "Tensor(f!)? first_bad) -> ()",
+    "Tensor(f!)? first_bad, Tensor(g!)? workspace=None, bool coupled=True) -> ()",
     reference,
 )
