@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sbm_fast.methods.builder import Evaluation, Lin, PlanBuilder
 from sbm_fast.methods.compat import PEER
-from sbm_fast.methods.ddim import ddim
+from sbm_fast.methods.ddim import ddim, ddim_inversion
+from sbm_fast.methods.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from sbm_fast.methods.edm import edm
 from sbm_fast.methods.euler_maruyama import em
 from sbm_fast.methods.langevin import ald, langevin
@@ -31,11 +32,17 @@ METHODS: dict[str, Callable[..., Plan]] = {
     "langevin": langevin,
     "ode": ode,
     "ddim": ddim,
+    "ddim_inversion": ddim_inversion,
     "edm": edm,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
 }
 """Name → function; the keyword arguments of the function are the method's options."""
 
-__all__ = ["METHODS", "Evaluation", "Lin", "PlanBuilder", "Setup", "make_plan"]
+FROM_DATA = frozenset({"ddim_inversion"})
+"""Methods that start from data instead of noise: they cannot run without an x_init."""
+
+__all__ = ["FROM_DATA", "METHODS", "Evaluation", "Lin", "PlanBuilder", "Setup", "make_plan"]
 
 
 def make_plan(

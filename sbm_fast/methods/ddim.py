@@ -1,8 +1,10 @@
-"""DDIM (Song, Meng & Ermon 2021, eq. 12 and 16), for any SDE and any sub-sequence of times."""
+"""DDIM (Song, Meng & Ermon 2021, eq. 12 and 16) for any SDE and any sub-sequence of times, and its
+inversion, which takes data to their latent."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sbm_fast.methods.chain import chain_steps
@@ -11,6 +13,8 @@ from sbm_fast.methods.setup import ENDS_CLEAN, Setup, not_negative
 if TYPE_CHECKING:
     from sbm_fast.methods.setup import Schedule
     from sbm_fast.plan import Plan
+
+_STEPS = 50
 
 
 def ddim(
@@ -38,10 +42,9 @@ def ddim(
     """
     run.check_compat()
     eta = not_negative("eta", eta)
-    if not isinstance(rederive_eps, bool):
-        raise TypeError(f"rederive_eps: expected True or False, got {rederive_eps!r}")
+    _check_rederive_eps(rederive_eps)
     run.denoise_mode("mean", "mean", False, because=ENDS_CLEAN)
-    times = run.times(_steps(run, steps, schedule), schedule, default=50)
+    times = run.times(few_levels(run, steps, schedule, _STEPS), schedule, default=_STEPS)
     b = run.builder(float(times[0]))
     b.start()
     levels = [b.level(float(t)) for t in times]
@@ -58,8 +61,68 @@ def ddim(
     return b.build(steps=len(times), eta=eta, rederive_eps=rederive_eps)
 
 
-def _steps(run: Setup, steps: int | None, schedule: Schedule | None) -> int | None:
-    """50 also on a ladder that has as many levels: DDIM is there to skip most of them."""
+def ddim_inversion(
+    run: Setup,
+    *,
+    steps: int | None = None,
+    schedule: Schedule | None = None,
+    rederive_eps: bool = True,
+) -> Plan:
+    """DDIM with η = 0 the other way, from data at t_min up to their latent at t_max.
+
+        x' = m' D(x; t) + σ' ε(x; t)
+
+    (m, σ) at t → (m', σ') at the next time t' > t; the network is evaluated at the lower level of
+    each step. Song, Meng & Ermon 2021, sec. 4.3; Dhariwal & Nichol 2021, app. F. It starts from
+    ``x_init``, the data taken as the state at t_min in the SDE's own scale (clean data will do
+    where σ(t_min) is small), and ends in the state at t_max, which
+    ``sample(method="ddim", x_init=latent)`` takes: with ``steps + 1`` it comes down the same
+    levels to the data at t_min, up to an error of order 1/steps, and then gives their D.
+
+    Args:
+        run: the run.
+        steps: number of evaluations, default 50 (a ladder is respaced to one level more).
+        schedule: kind of time grid, or the N + 1 times themselves, descending as everywhere.
+        rederive_eps: as in :func:`ddim`.
+
+    ``denoise``: only False, it ends in noise. There is no ``eta``: noise could not be undone.
+
+    Raises:
+        ValueError: naming ``x_init`` where none is given, and ``t_min`` where there is no noise.
+    """
+    run.check_compat()
+    _check_rederive_eps(rederive_eps)
+    run.denoise_mode(False, False, because="it ends at t_max, in the latent")
+    if not run.given_start:
+        raise ValueError(
+            f"x_init: method {run.method!r} starts from data, give them as x_init (the state at "
+            "t_min in the SDE's own scale)"
+        )
+    steps = few_levels(run, steps, schedule, _STEPS, ends=True)
+    times = run.times(steps, schedule, default=_STEPS, ends=True)[::-1].tolist()
+    b = run.builder(times[0])
+    b.start()
+    if b.level(times[0])[1] == 0:
+        raise ValueError(f"t_min: there is no noise at t = {times[0]:g} (σ = 0), so ε is unknown")
+    for t, t_next in pairwise(times):
+        e = b.evaluate(t)
+        m_next, sigma_next = b.level(t_next)
+        b.row(m_next * e.D + sigma_next * (e.eps if rederive_eps else e.eps_raw))
+    return b.build(steps=len(times) - 1, rederive_eps=rederive_eps)
+
+
+def few_levels(
+    run: Setup, steps: int | None, schedule: Schedule | None, default: int, *, ends: bool = False
+) -> int | None:
+    """``steps``, or ``default`` also on a ladder, as far as it has so many levels.
+
+    For methods that are there to skip most levels. ``ends``: the grid has one time more.
+    """
     if steps is None and (schedule is None or isinstance(schedule, str)):
-        return min(50, run.levels) if run.levels else 50
+        return min(default, run.levels - int(ends)) if run.levels else default
     return steps
+
+
+def _check_rederive_eps(value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"rederive_eps: expected True or False, got {value!r}")
