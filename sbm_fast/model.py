@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     TimeLabel = str | Callable[[Array], Any]
 
+VARIANCES = (None, "learned_range")
+"""What a network says about the variance of a step."""
+
 TIMES = ("t", "999t", "index", "sigma", "log_sigma", "edm")
 
 
@@ -62,12 +65,16 @@ class ScoreModel:
         sample_shape: shape of a sample without the batch.
         sigma_data: standard deviation of the data, for "edm".
         null_cond: the conditioning that stands for "none" in guidance.
+        variance: "learned_range" for a network whose output has twice the channels (dimension 1),
+            first what it predicts, then v ∈ [−1, 1] that interpolates the logarithms of the
+            smallest and largest variance of a step (Nichol & Dhariwal 2021, eq. 15). Method "ddpm"
+            reads v, all others the first half only. None: the output is shaped like x.
 
     Raises:
         TypeError: net is not callable (or a class), sde is no SDE, sample_shape or null_cond is of
             another type.
-        ValueError: predicts or time is unknown, "index" without a ladder or "999t" on one,
-            sigma_data ≤ 0, a dimension < 1.
+        ValueError: predicts, time or variance is unknown, "index" without a ladder or "999t" on
+            one, sigma_data ≤ 0, a dimension < 1.
     """
 
     def __init__(
@@ -79,6 +86,7 @@ class ScoreModel:
         sample_shape: Sequence[int] | None = None,
         sigma_data: float = 0.5,
         null_cond: Mapping[str, Any] | None = None,
+        variance: str | None = None,
     ) -> None:
         if not callable(net) or isinstance(net, type):
             raise TypeError(f"net: expected a callable (x, label) -> tensor, got {net!r}")
@@ -91,6 +99,9 @@ class ScoreModel:
         self.sample_shape = None if sample_shape is None else _checked_shape(sample_shape)
         self.sigma_data = finite("sigma_data", sigma_data, above=0)
         self.null_cond = null_cond
+        if variance not in VARIANCES:
+            raise ValueError(f"variance: expected one of {VARIANCES}, got {variance!r}")
+        self.variance = variance
         if self.sde is not None:
             _check_time_and_sde(self.time, self.sde)
 
@@ -102,7 +113,8 @@ class ScoreModel:
         return (
             f"ScoreModel({type(self.net).__name__}, predicts={self.predicts!r}, "
             f"time={self.time!r}, sde={self.sde!r}, sample_shape={self.sample_shape!r}, "
-            f"sigma_data={self.sigma_data!r})"
+            f"sigma_data={self.sigma_data!r}"
+            + (f", variance={self.variance!r})" if self.variance else ")")
         )
 
     def match(self, sde: SDE, t: float, coordinate: str = "x") -> Match:
@@ -193,8 +205,8 @@ def as_score_model(model: object, sde: object) -> ScoreModel:
 
     - a `ScoreModel` passes;
     - an object with an attribute ``predicts`` (this package's networks and adapters) is wrapped
-      with that and with those of ``time``, ``sde``, ``sample_shape``, ``sigma_data`` and
-      ``null_cond`` that it has;
+      with that and with those of ``time``, ``sde``, ``sample_shape``, ``sigma_data``,
+      ``null_cond`` and ``variance`` that it has;
     - any other callable is taken as the score (x, t) -> ∇ log p_t(x) under ``sde``.
 
     Raises: TypeError naming ``model`` for anything else; the errors of `ScoreModel`.
@@ -208,7 +220,7 @@ def as_score_model(model: object, sde: object) -> ScoreModel:
         )
     if not hasattr(model, "predicts"):
         return ScoreModel(model, predicts="score", time="t", sde=as_sde(sde))
-    names = ("predicts", "time", "sde", "sample_shape", "sigma_data", "null_cond")
+    names = ("predicts", "time", "sde", "sample_shape", "sigma_data", "null_cond", "variance")
     return ScoreModel(
         model, **{name: getattr(model, name) for name in names if hasattr(model, name)}
     )

@@ -13,10 +13,9 @@ Everything is float64 on the host; :meth:`Plan.pack` gives the table that the ke
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,9 +43,9 @@ TAIL_LANES = ("p", "q", "L", "c_in_next", "label_next", "guidance", "eps_scale",
 FIELD_LANES = ("slot", "stream", "draw", "norm")
 """Lanes of the integer table of :meth:`Plan.pack`."""
 
-_FORMAT = 1
-_MAX_INT32 = 2**31 - 1
-_MAX_REGISTERS = 8  # kMaxRegisters of csrc/row.h: the kernels have room for no more
+
+def _unset() -> Array:
+    return np.empty(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +71,13 @@ class Plan:
         marginal: [R, 2] (m, σ) of the evaluated state in the state's coordinate,
             x = m x_0 + σ ε; (1, 0) for start rows. Used for moments, previews and κ.
         start_scale: the state is start_scale · x_init (1, or 1/m when the state is x/m).
+        log_std: [R, 2] (l_0, l_1) of a learned variance: the row's z is multiplied by
+            exp((1 − v) l_0 + v l_1) with v from the network, per element; (0, 0) leaves z alone.
+        threshold: [R, 3] (quantile, minimum, maximum) of a dynamic threshold on D, see
+            ``methods.DynamicThreshold``; (0, 0, 0) for none.
+
+    The last two are not the step's: ``sbm_fast.row_inputs`` makes them of the network's output
+    before the row reads it.
 
     Raises:
         ValueError: naming the field that does not hold together (:meth:`check`).
@@ -94,8 +100,10 @@ class Plan:
     langevin: Array
     marginal: Array
     start_scale: float = 1.0
+    log_std: Array = field(default_factory=_unset)
+    threshold: Array = field(default_factory=_unset)
 
-    _TRAILING: ClassVar[dict[str, tuple[int, ...]]] = {
+    TRAILING: ClassVar[dict[str, tuple[int, ...]]] = {
         "slot": (),
         "denoiser": (3,),
         "time": (),
@@ -108,6 +116,8 @@ class Plan:
         "norm": (),
         "langevin": (3,),
         "marginal": (2,),
+        "log_std": (2,),
+        "threshold": (3,),
     }
     _INTEGER: ClassVar[tuple[str, ...]] = ("slot", "stream", "draw", "norm")
 
@@ -121,8 +131,10 @@ class Plan:
             value = getattr(self, name)
             if not isinstance(value, kind):
                 raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-        for name in ("coef", *self._TRAILING):
+        for name in self.arrays():
             array = self._converted(name, getattr(self, name))
+            if name in ("log_std", "threshold") and array.size == 0:
+                array = np.zeros((len(self.coef), *self.TRAILING[name]))
             array.setflags(write=False)
             object.__setattr__(self, name, array)
         object.__setattr__(self, "description", dict(self.description))
@@ -150,6 +162,11 @@ class Plan:
             raise ValueError(f"{name}: expected integers, got {wrong}")
         return array
 
+    @classmethod
+    def arrays(cls) -> tuple[str, ...]:
+        """Names of the fields that hold one entry a row."""
+        return ("coef", *cls.TRAILING)
+
     @property
     def rows(self) -> int:
         """Number of rows R."""
@@ -171,105 +188,9 @@ class Plan:
         Shapes and finiteness; one or two start rows, at the start only, that read neither network
         nor registers; every register written before it is read; Langevin rows in their own form.
         """
-        if self.coef.ndim != 3 or self.coef.shape[1] != 2 or self.coef.shape[2] < 4:
-            raise ValueError(f"coef: expected [rows, 2, 4 + registers], got {self.coef.shape}")
-        if self.registers > _MAX_REGISTERS:
-            raise ValueError(f"coef: expected at most {_MAX_REGISTERS} registers, "
-                             f"got {self.registers}")  # fmt: skip
-        if self.rows < 1:
-            raise ValueError("coef: a plan needs at least one row, got 0")
-        for name, trailing in self._TRAILING.items():
-            shape = getattr(self, name).shape
-            if shape != (self.rows, *trailing):
-                raise ValueError(f"{name}: expected shape {(self.rows, *trailing)}, got {shape}")
-        self._check_values()
-        self._check_start_rows()
-        self._check_evaluations()
-        self._check_registers()
-        self._check_langevin()
+        from sbm_fast import plan_check
 
-    def _check_values(self) -> None:
-        timeless = ~self.evaluates
-        finite = {
-            "coef": np.isfinite(self.coef).all(axis=(1, 2)),
-            "denoiser": np.isfinite(self.denoiser[:, :2]).all(axis=1) & (self.denoiser[:, 2] > 0),
-            "time": np.isfinite(self.time) | timeless,
-            "langevin": np.isfinite(self.langevin).all(axis=1),
-            "marginal": np.isfinite(self.marginal).all(axis=1),
-        }
-        for name in ("label", "c_in", "guidance"):
-            finite[name] = np.isfinite(getattr(self, name))
-        for name, good in finite.items():
-            if not good.all():
-                row = int(np.argmin(good))
-                raise ValueError(
-                    f"{name}: row {row} must be finite (and L > 0), got {getattr(self, name)[row]}"
-                )
-        ranges = {
-            "slot": (-1, self.registers - 1),
-            "stream": (0, _MAX_INT32),
-            "draw": (0, _MAX_INT32),
-            "norm": (0, len(NORMS) - 1),
-        }
-        for name, (low, high) in ranges.items():
-            values = getattr(self, name)
-            bad = (values < low) | (values > high)
-            if bad.any():
-                row = int(np.argmax(bad))
-                raise ValueError(f"{name}: row {row} must be in [{low}, {high}], got {values[row]}")
-        if not (np.isfinite(self.start_scale) and self.start_scale > 0):
-            raise ValueError(f"start_scale: expected a positive number, got {self.start_scale}")
-
-    def _check_start_rows(self) -> None:
-        start = int(np.argmax(self.evaluates)) if self.evaluates.any() else self.rows
-        if not 1 <= start <= 2:
-            raise ValueError(
-                f"evaluates: a plan begins with one or two rows without evaluation, got {start}"
-            )
-        if not self.evaluates[start:].all():
-            row = start + int(np.argmin(self.evaluates[start:]))
-            raise ValueError(f"evaluates: row {row} lacks an evaluation; only start rows may")
-        if np.any(self.coef[:start, :, (F, D)]):
-            raise ValueError("coef: a start row reads F or D, but no network was evaluated")
-
-    def _check_evaluations(self) -> None:
-        held = {
-            "c_in": (
-                (self.c_in != 0) | ~self.evaluates,
-                "an evaluating row needs a value that is not 0",
-            ),
-            "marginal": (self.marginal[:, 1] >= 0, "σ must not be negative"),
-        }
-        for name, (good, need) in held.items():
-            if not good.all():
-                row = int(np.argmin(good))
-                raise ValueError(f"{name}: row {row}: {need}, got {getattr(self, name)[row]}")
-
-    def _check_registers(self) -> None:
-        written: set[int] = set()
-        reads = (self.coef[:, :, H0:] != 0).any(axis=1)
-        writes = (self.coef[:, 1] != 0).any(axis=1)
-        for row in range(self.rows):
-            for k in np.flatnonzero(reads[row]):
-                if int(k) not in written:
-                    raise ValueError(f"coef: row {row} reads register H{k} before it is written")
-            slot = int(self.slot[row])
-            if slot >= 0:
-                written.add(slot)
-            elif writes[row]:
-                raise ValueError(f"slot: row {row} has write coefficients but slot −1")
-
-    def _check_langevin(self) -> None:
-        for row in np.flatnonzero(self.norm):
-            plain = np.zeros_like(self.coef[row])
-            plain[0, X] = 1.0
-            if not np.array_equal(self.coef[row], plain) or self.slot[row] >= 0:
-                raise ValueError(f"coef: Langevin row {row} must be 1 on x, 0 elsewhere, no write")
-            if not (self.langevin[row, 0] > 0 and self.evaluates[row]):
-                raise ValueError(
-                    f"langevin: row {row} has norm {NORMS[self.norm[row]]!r} and needs an "
-                    f"evaluation and a step scale > 0, got {self.langevin[row, 0]}"
-                )
+        plan_check.check(self)
 
     def gaussian(
         self, data_mean: float, data_std: float, *, start: tuple[float, float] | None = None
@@ -280,8 +201,9 @@ class Plan:
         the (mean, std) of the given start for plans that begin from one.
 
         Raises:
-            ValueError: for plans with data-dependent Langevin norms or clamped rows (not affine),
-                with noise that is used twice, or with a given start of unknown law.
+            ValueError: for plans with data-dependent Langevin norms, clamped or thresholded rows or
+                a learned variance (not affine), with noise that is used twice, or with a given
+                start of unknown law.
         """
         from sbm_fast import plan_moments  # it imports the columns from here
 
@@ -333,76 +255,20 @@ class Plan:
 
         Compares what runs (all arrays and start_scale), not method name and description.
         """
-        if not isinstance(other, Plan):
-            raise TypeError(f"other: expected a Plan, got {type(other).__name__}")
-        if self.coef.shape != other.coef.shape:
-            return f"coef: shape {self.coef.shape} != {other.coef.shape}"
-        first: tuple[int, str] | None = None
-        for name in ("coef", *self._TRAILING):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            unequal = (mine != theirs) & ~((mine != mine) & (theirs != theirs))
-            if unequal.any():
-                at = tuple(int(i) for i in np.argwhere(unequal)[0])
-                if first is None or at[0] < first[0]:
-                    first = at[0], f"{self._where(name, at)}: {mine[at]!r} != {theirs[at]!r}"
-        if first is not None:
-            return first[1]
-        if self.start_scale != other.start_scale:
-            return f"start_scale: {self.start_scale!r} != {other.start_scale!r}"
-        return ""
+        from sbm_fast import plan_text
 
-    def _where(self, name: str, at: tuple[int, ...]) -> str:
-        if name == "coef":
-            source = SOURCES[at[2]] if at[2] < H0 else f"H{at[2] - H0}"
-            return f"row {at[0]}, coef[{('next x', 'write')[at[1]]}, {source}]"
-        return f"row {at[0]}, {name}" + (f"[{at[1]}]" if len(at) > 1 else "")
+        return plan_text.difference(self, other)
 
     def __str__(self) -> str:
-        names = [*SOURCES, *(f"H{k}" for k in range(self.registers))]
-        about = ", ".join(f"{key}={value}" for key, value in self.description.items())
-        lines = [
-            f"Plan {self.method}: {self.rows} rows, {self.nfe} network evaluations, "
-            f"{self.registers} registers",
-            f"  {about}",
-            f"  {'row':>5} {'time':>10} {'label':>10}  update",
-        ]
-        shown = range(self.rows)
-        head, tail = (list(shown), []) if self.rows <= 12 else (list(shown[:6]), list(shown[-5:]))
-        lines += [self._line(row, names) for row in head]
-        if tail:
-            lines.append(f"  … {self.rows - len(head) - len(tail)} rows …")
-            lines += [self._line(row, names) for row in tail]
-        return "\n".join(lines)
+        from sbm_fast import plan_text
 
-    def _line(self, row: int, names: list[str]) -> str:
-        def combination(output: int) -> str:
-            pairs = zip(self.coef[row, output], names, strict=True)
-            terms = [f"{value:+.6g} {name}" for value, name in pairs if value != 0]
-            return " ".join(terms) or "0"
-
-        text = f"x' = {combination(0)}"
-        if self.norm[row]:
-            text += f" + ε s + √(2ε) z, ε = {self.langevin[row, 0]:.6g} (‖z‖/‖s‖)²"
-            text += f" [{NORMS[self.norm[row]]}]"
-        if self.slot[row] >= 0:
-            text += f" ; H{self.slot[row]} = {combination(1)}"
-        if np.isfinite(self.denoiser[row, 2]) and self.coef[row, :, D].any():
-            text += f" ; |D| ≤ {self.denoiser[row, 2]:g}"
-        if self.evaluates[row]:
-            return f"  {row:>5} {self.time[row]:>10.6g} {self.label[row]:>10.6g}  {text}"
-        return f"  {row:>5} {'start':>10} {'':>10}  {text}"
+        return plan_text.text(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to an .npz file (no pickles) at exactly ``path``."""
-        header = {
-            "format": _FORMAT,
-            "method": self.method,
-            "description": self.description,
-            "start_scale": self.start_scale,
-        }
-        arrays = {name: getattr(self, name) for name in ("coef", *self._TRAILING)}
-        with open(path, "wb") as file:
-            np.savez(file, header=np.array(json.dumps(header)), **arrays)
+        from sbm_fast import plan_file
+
+        plan_file.save(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -412,16 +278,6 @@ class Plan:
             ValueError: naming ``path`` when the file is no plan, of another format, or holds a
                 table that fails the check.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                header = json.loads(str(file["header"]))
-                arrays = {name: file[name] for name in ("coef", *cls._TRAILING)}
-            found = header.pop("format")
-            known = {field.name for field in fields(cls)} - set(arrays)
-            if found != _FORMAT or set(header) != known:
-                raise ValueError(f"format {found!r}, this version reads {_FORMAT}")
-            return cls(**header, **arrays)
-        except OSError:
-            raise
-        except Exception as error:
-            raise ValueError(f"path: {os.fspath(path)!r} is not a saved plan ({error})") from error
+        from sbm_fast import plan_file
+
+        return plan_file.load(path)

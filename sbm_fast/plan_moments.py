@@ -50,6 +50,9 @@ def gaussian(
     clamped = (plan.coef[:, :, D] != 0).any(axis=1) & np.isfinite(plan.denoiser[:, 2])
     if clamped.any():
         raise ValueError(f"denoiser: row {int(np.argmax(clamped))} is clamped, no affine map")
+    for name, what in (("threshold", "is thresholded"), ("log_std", "learns its variance")):
+        if (rows := getattr(plan, name).any(axis=1)).any():
+            raise ValueError(f"{name}: row {int(np.argmax(rows))} {what}, no affine map")
     noisy = (plan.coef[:, :, Z] != 0).any(axis=1)
     drawn = list(zip(plan.stream[noisy], plan.draw[noisy], strict=True))
     if len(set(drawn)) < len(drawn):
@@ -108,7 +111,12 @@ def _propagate(
 
 
 def _coefficients(plan: Plan, row: int) -> Array:
-    """[2, 4 + K]; Langevin rows with the step size of the σ-norm, ε = 2α(rσ)², as a stand-in."""
+    """[2, 4 + K]. Stand-ins for what data decide: the step size of the σ-norm, ε = 2α(rσ)², in
+    Langevin rows, and the upper bound of a learned variance."""
+    if plan.log_std[row].any():
+        table = plan.coef[row].copy()
+        table[:, Z] *= np.exp(plan.log_std[row].max())
+        return table
     if not plan.norm[row]:
         return plan.coef[row]
     scale, p, q = plan.langevin[row]

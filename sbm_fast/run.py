@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sbm_fast.plan import H0, TAIL_LANES, Plan, Z
+from sbm_fast.row_inputs import RowInputs
 
 if TYPE_CHECKING:
     from sbm_fast.sampler import Sampler
@@ -53,6 +54,8 @@ class Table:
     def fingerprint(self) -> Tensor:
         """64 bits of the table's hash, so that a kept state goes back to its own plan."""
         table = self.coef.cpu().numpy().tobytes() + self.field.cpu().numpy().tobytes()
+        for inputs in (self.plan.log_std, self.plan.threshold):
+            table += inputs.tobytes() if inputs.any() else b""
         digest = hashlib.sha256(table).digest()
         return torch.tensor(int.from_bytes(digest[:8], "little", signed=True), device="cpu")
 
@@ -104,6 +107,7 @@ class Run:
         self._evaluates = plan.evaluates.tolist()
         self._step, self._net = sampler.kernels.affine_step_, sampler.model.net
         self._null_cond = dict(sampler.model.null_cond or {})
+        self._row_inputs = RowInputs.of(plan, sampler.model, self._step, x)
         self._checked = self._running = False
         self._counts = not x.is_inference()  # inference tensors have no version counter
         self._needs_noise = ((plan.coef[:, :, Z] != 0).any(axis=1) | (plan.norm != 0)).tolist()
@@ -173,6 +177,7 @@ class Run:
         )  # fmt: skip
         coef, field, net_input, bad = self._coef, self._field, self._net_input, self._first_bad
         noise, cast = None, self._label_dtype if self._label_dtype != x.dtype else None
+        row_inputs = self._row_inputs
         for row in range(self.row, end):
             network = uncond = None
             if evaluates[row]:
@@ -192,10 +197,15 @@ class Run:
                 self.seconds_network += clock() - begin
             if self._noise is not None:
                 noise = self._given_noise(row)
+            f, f_u, weight, z = network, uncond, guidance, noise
             try:
+                if row_inputs is not None:
+                    f, f_u, weight, z = row_inputs.inputs(
+                        x, network, uncond, guidance, keys, row_numbers[row], noise
+                    )
                 step(
-                    x, network, uncond, guidance, registers, keys, row_numbers[row], coef, field,
-                    epsilon, noise, net_input, net_time, bad,
+                    x, f, f_u, weight, registers, keys, row_numbers[row], coef, field,
+                    epsilon, z, net_input, net_time, bad,
                 )  # fmt: skip
             except RuntimeError as error:
                 self._check_outputs(network, uncond)
@@ -208,9 +218,10 @@ class Run:
     def _check_outputs(self, network: object, uncond: object) -> None:
         """The first evaluation's outputs; later ones are looked at when the step refuses them."""
         inputs = self._x if self._net_input is None else self._net_input
-        outputs = [_check_output(network, inputs)]
+        shape = inputs.shape if self._row_inputs is None else self._row_inputs.output_shape
+        outputs = [_check_output(network, inputs, shape)]
         if self._guidance is not None:
-            outputs.append(_check_output(uncond, inputs))
+            outputs.append(_check_output(uncond, inputs, shape))
             if outputs[0].data_ptr() == outputs[1].data_ptr():
                 raise ValueError(
                     "model: both outputs under guidance are the same memory; return a new tensor "
@@ -290,10 +301,10 @@ class Run:
                 self._net_input.copy_(self._x * scale)
 
 
-def _check_output(out: object, x: Tensor) -> Tensor:
-    if not isinstance(out, Tensor) or out.shape != x.shape or out.dtype not in FLOATS:
+def _check_output(out: object, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if not isinstance(out, Tensor) or out.shape != shape or out.dtype not in FLOATS:
         got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out)
-        raise ValueError(f"model: expected a floating tensor of shape {tuple(x.shape)}, got {got}")
+        raise ValueError(f"model: expected a floating tensor of shape {tuple(shape)}, got {got}")
     if out.device != x.device:
         raise ValueError(f"model: expected its output on {x.device}, got {out.device}")
     return out
