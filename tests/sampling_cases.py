@@ -29,6 +29,8 @@ METHODS: dict[str, tuple[str, SDE, dict[str, Any]]] = {
     "ddim": ("ddim", VP, {"steps": 6, "eta": 0.7}),
     "ddim clipped": ("ddim", VP, {"steps": 6, "clip_denoised": 0.5}),
     "edm": ("edm", EDMSDE(), {"steps": 5, "S_churn": 20.0}),
+    "2m": ("dpmpp_2m", VP, {"steps": 6}),
+    "2m sde clipped": ("dpmpp_2m_sde", VE, {"steps": 6, "clip_denoised": 0.5}),
 }
 ALONE = [name for name in METHODS if name != "pc batch mean"]  # no coupling within a batch
 

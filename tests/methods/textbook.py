@@ -215,3 +215,36 @@ def edm(
             d2 = (euler - denoise(euler, target)) / target
             x = x + (target - hat) * (d + d2) / 2
     return x
+
+
+def dpmpp_2m(
+    den: Denoiser, z: Z, times: Array, x: Array, *, eta: float = 0.0, solver: str = "midpoint"
+) -> Array:
+    """Lu et al. 2022b on x with α = m: Algorithm 2 (η = 0), SDE-DPM-Solver++(2M) (η = 1)."""
+    levels = [den.world.level(t) for t in times]
+    lam = [np.log(alpha / sigma) for alpha, sigma in levels]
+    before = None
+    for i in range(len(times) - 1):
+        (_, sigma), (alpha_next, sigma_next) = levels[i], levels[i + 1]
+        h = lam[i + 1] - lam[i]
+        k = (1 + eta) * h
+        d = den(x, *levels[i])
+        x = sigma_next / sigma * np.exp(-eta * h) * x + alpha_next * (1 - np.exp(-k)) * d
+        if before is not None:
+            d1 = (d - before) / ((lam[i] - lam[i - 1]) / h)
+            phi = (1 - np.exp(-k)) / 2 if solver == "midpoint" else 1 - (1 - np.exp(-k)) / k
+            x = x + alpha_next * phi * d1
+        if eta > 0:
+            x = x + sigma_next * np.sqrt(1 - np.exp(-2 * eta * h)) * z()
+        before = d
+    return den(x, *levels[-1])
+
+
+def ddim_inversion(den: Denoiser, times: Array, x: Array, *, rederive: bool = True) -> Array:
+    """Song, Meng & Ermon 2021, sec. 4.3, with ε at the lower level of each step."""
+    levels = [den.world.level(t) for t in times]
+    for (m, sigma), (m_next, sigma_next) in pairwise(levels):
+        raw = den.raw(x, m, sigma)
+        d = raw if den.clip is None else np.clip(raw, -den.clip, den.clip)
+        x = m_next * d + sigma_next * (x - m * (d if rederive else raw)) / sigma
+    return x
