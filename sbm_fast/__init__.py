@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 from sbm_fast import noise, plan
 from sbm_fast.doctor import doctor
 from sbm_fast.ladder import DDPMSchedule, NCSNLadder
+from sbm_fast.methods import DynamicThreshold
 from sbm_fast.model import ScoreModel
 from sbm_fast.sampler import SampleInfo, Sampler, sample
 from sbm_fast.sde import EDMSDE, VESDE, VPSDE, SubVPSDE
@@ -18,6 +19,7 @@ __all__ = [
     "VESDE",
     "VPSDE",
     "DDPMSchedule",
+    "DynamicThreshold",
     "NCSNLadder",
     "SampleInfo",
     "Sampler",

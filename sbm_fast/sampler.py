@@ -12,7 +12,7 @@ from torch import Tensor
 from sbm_fast import noise as noise_module
 from sbm_fast.arguments import check_cuda_graph, full_shape, placement, warn_about
 from sbm_fast.backend import Kernels, choose_backend
-from sbm_fast.methods import make_plan
+from sbm_fast.methods import DynamicThreshold, make_plan
 from sbm_fast.model import ScoreModel, as_score_model
 from sbm_fast.plan import NORMS, Plan, X
 from sbm_fast.run import NoiseHook, Run, Step, Table
@@ -69,7 +69,7 @@ class Sampler:
         t_min: float | None = None,
         schedule: Any = None,
         denoise: str | bool | None = None,
-        clip_denoised: float | None = None,
+        clip_denoised: float | DynamicThreshold | None = None,
         compat: str | None = None,
         dtype: torch.dtype = torch.float32,
         net_dtype: torch.dtype | None = None,
@@ -308,7 +308,7 @@ def sample(
     t_min: float | None = None,
     schedule: Any = None,
     denoise: str | bool | None = None,
-    clip_denoised: float | None = None,
+    clip_denoised: float | DynamicThreshold | None = None,
     noise: NoiseHook | None = None,
     compat: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -330,9 +330,9 @@ def sample(
         sde: the SDE to sample under (`VESDE`, `VPSDE`, `SubVPSDE`, `EDMSDE`, `NCSNLadder`,
             `DDPMSchedule`, or score_sde's own objects).
         shape: of the result, batch included; None: (num_samples, *model.sample_shape).
-        method: "em", "reverse_diffusion", "ancestral", "pc", "ald", "langevin", "ode", "ddim",
-            "edm"; its own options follow as keyword arguments (see `sbm_fast.methods`). Or a
-            `Plan` of your own (`sbm_fast.methods.PlanBuilder`, `Plan.load`).
+        method: "em", "reverse_diffusion", "ancestral", "pc", "ald", "langevin", "ode", "ddpm",
+            "ddim", "edm"; its own options follow as keyword arguments (see `sbm_fast.methods`). Or
+            a `Plan` of your own (`sbm_fast.methods.PlanBuilder`, `Plan.load`).
         steps: steps of the method's main recursion.
         seed: gives sample b the key of global index first_sample + b, so that the same sample
             comes out of any batch. None: drawn from torch's default generator.
@@ -344,9 +344,11 @@ def sample(
         t_max, t_min, schedule: where the trajectory runs (see `sbm_fast.schedule.time_grid`).
         denoise: "mean" drops the last noise, "tweedie" spends one more evaluation, False does
             neither, None is what the method's paper does.
-        clip_denoised: clamps the denoised estimate to ±L.
+        clip_denoised: L clamps the denoised estimate to ±L; `DynamicThreshold` finds the bound in
+            each sample. Under guidance the guided estimate. Refused with the data-dependent norms
+            of "pc" (L only) and with DDIM's rederive_eps=False (`DynamicThreshold` only).
         noise: (draw, stream) → tensor of `shape`, used instead of the counter-based noise.
-        compat: "score_sde" reproduces that peer's grid, order, norms and last step.
+        compat: "score_sde", "ddpm" or "edm": that peer's grid, order, norms and last step.
         dtype: of the state, torch.float32 or torch.float64.
         net_dtype: of the network's input; None: that of its parameters, else dtype.
         device: None: that of the model's parameters, else torch's default.

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sbm_fast.methods.builder import Evaluation, Lin, PlanBuilder
+from sbm_fast.methods.clipping import Clip, DynamicThreshold
 from sbm_fast.methods.compat import PEER
 from sbm_fast.methods.ddim import ddim, ddim_inversion
+from sbm_fast.methods.ddpm import ddpm
 from sbm_fast.methods.dpmpp import dpmpp_2m, dpmpp_2m_sde
 from sbm_fast.methods.edm import edm
 from sbm_fast.methods.euler_maruyama import em
@@ -31,6 +33,7 @@ METHODS: dict[str, Callable[..., Plan]] = {
     "ald": ald,
     "langevin": langevin,
     "ode": ode,
+    "ddpm": ddpm,
     "ddim": ddim,
     "ddim_inversion": ddim_inversion,
     "edm": edm,
@@ -42,7 +45,16 @@ METHODS: dict[str, Callable[..., Plan]] = {
 FROM_DATA = frozenset({"ddim_inversion"})
 """Methods that start from data instead of noise: they cannot run without an x_init."""
 
-__all__ = ["FROM_DATA", "METHODS", "Evaluation", "Lin", "PlanBuilder", "Setup", "make_plan"]
+__all__ = [
+    "FROM_DATA",
+    "METHODS",
+    "DynamicThreshold",
+    "Evaluation",
+    "Lin",
+    "PlanBuilder",
+    "Setup",
+    "make_plan",
+]
 
 
 def make_plan(
@@ -55,7 +67,7 @@ def make_plan(
     t_min: float | None = None,
     schedule: Schedule | None = None,
     denoise: Denoise | None = None,
-    clip_denoised: float | None = None,
+    clip_denoised: Clip | None = None,
     compat: str | None = None,
     given_start: bool = False,
     **method_options: Any,
@@ -71,7 +83,8 @@ def make_plan(
         schedule: kind of time grid, or the times themselves.
         denoise: "mean" (drop the last noise), "tweedie" (one more evaluation), False, or None for
             what the method's paper does.
-        clip_denoised: L > 0 clamps the denoised estimate to ±L.
+        clip_denoised: L > 0 clamps the denoised estimate to ±L; a `DynamicThreshold` finds its
+            bound in each sample.
         compat: the peer whose grid, order, norms and last step are reproduced. With one of
             score_sde's own SDE objects, ``steps`` is then its N where it is not given.
         given_start: the state at t_max is given instead of drawn from the prior.

@@ -7,7 +7,8 @@ A method asks for an evaluation and writes its paper's update with the forms tha
 
 D, s and ε are linear forms of the state x and the network output F, each from its own analytic
 coefficients. With ``clip=L`` the denoised D is an atom of its own, clamped to ±L, and s and ε are
-taken from the clamped D.
+taken from the clamped D. With a ``DynamicThreshold`` they keep their forms, because the F that the
+row will read is the one of the thresholded D.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from sbm_fast.methods import clipping
+from sbm_fast.methods.clipping import Clip
 from sbm_fast.model import as_score_model
 from sbm_fast.plan import H0, NORMS, SOURCES, D, F, Plan, X, Z
-from sbm_fast.process import count, finite
+from sbm_fast.process import count
 from sbm_fast.sde import as_sde
 
 if TYPE_CHECKING:
@@ -121,7 +124,8 @@ class PlanBuilder:
         sde: the SDE that the plan runs under, or what ``as_sde`` takes.
         method: name that the plan carries.
         coordinate: "x", or "x/m" for a state divided by the mean scale m.
-        clip: L > 0 clamps the denoised estimate to ±L.
+        clip: L > 0 clamps the denoised estimate to ±L; a `DynamicThreshold` finds its bound in
+            each sample.
         given_start: the state at ``t_start`` is given (x_init) instead of drawn from the prior.
         t_start: time of the start, default the SDE's t_max.
 
@@ -136,7 +140,7 @@ class PlanBuilder:
         *,
         method: str,
         coordinate: str = "x",
-        clip: float | None = None,
+        clip: Clip | None = None,
         given_start: bool = False,
         t_start: float | None = None,
     ) -> None:
@@ -146,7 +150,7 @@ class PlanBuilder:
         self.model = as_score_model(model, self.sde)
         self.method = method
         self.coordinate = coordinate
-        self.clip = None if clip is None else finite("clip_denoised", clip, above=0)
+        self.clip, self.threshold = clipping.split(clip)
         self.given_start = given_start
         self.t_start = float(self.sde.t_max if t_start is None else t_start)
         self._rows: list[dict[str, Any]] = []
@@ -242,13 +246,17 @@ class PlanBuilder:
         stream: int = TRAJECTORY,
         draw: int | None = None,
         guidance: float = 1.0,
+        log_std: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         """Write the current evaluation's row: next state ``x``, (slot, form) to a register.
 
-        ``draw`` numbers the row's noise, default the row's index.
+        ``draw`` numbers the row's noise, default the row's index. ``log_std`` (l_0, l_1) makes its
+        z one of learned variance, exp((1 − v) l_0 + v l_1) times a standard normal.
         """
         e = self._take()
-        self._append(x, write, stream=stream, draw=draw, guidance=guidance, evaluation=e)
+        self._append(
+            x, write, stream=stream, draw=draw, guidance=guidance, evaluation=e, log_std=log_std
+        )
 
     def langevin(
         self, alpha: float, snr: float, norm: str = "sigma", *, noise: bool = True
@@ -311,6 +319,7 @@ class PlanBuilder:
         evaluation: Evaluation | None = None,
         norm: int = 0,
         langevin: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        log_std: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         slot, written = (-1, Lin()) if write is None else write
         forms: tuple[object, object] = (x, written)
@@ -321,6 +330,7 @@ class PlanBuilder:
                 _same_evaluation(form.evaluation, self._evaluations - 1)
         e = evaluation
         limit = math.inf if self.clip is None else self.clip
+        bound = self.threshold if e is not None else None
         self._forms.append((x, written))
         self._rows.append(
             {
@@ -338,6 +348,10 @@ class PlanBuilder:
                 "norm": norm,
                 "langevin": langevin,
                 "marginal": (1.0, 0.0) if e is None else (e.m, e.sigma),
+                "log_std": log_std,
+                "threshold": (0.0, 0.0, 0.0)
+                if bound is None
+                else (bound.quantile, bound.minimum, bound.maximum),
             }
         )
 
@@ -360,7 +374,7 @@ class PlanBuilder:
             "sde": repr(self.sde),
             "predicts": self.model.predicts,
             "coordinate": self.coordinate,
-            "clip_denoised": "none" if self.clip is None else self.clip,
+            "clip_denoised": str(self.threshold or "none") if self.clip is None else self.clip,
         }
         for key, value in description.items():
             about[key] = value if isinstance(value, (str, int, float)) else str(value)

@@ -4,6 +4,8 @@ Its times are t_i = linspace(T, eps, N) in float32 with eps = 1e-3 (VP, sub-VP) 
 discrete tables have N entries and are indexed by floor(t (N − 1)), a float32 product. For N = 2000
 and eps = 1e-3 that floor slips: one index repeats and index 0 is never reached. All this is kept;
 the tables themselves are float64 here.
+
+compat="ddpm": the chain of hojonathanho/diffusion, every level with its own β.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from sbm_fast.process import count
 from sbm_fast.sde import SDE, VESDE, VPSDE, DDPMSchedule, Ladder, NCSNLadder, SubVPSDE
 
 PEER = "score_sde"
+DDPM_PEER = "ddpm"
 
 
 def score_sde_steps(
@@ -95,3 +98,34 @@ def _betas(sde: SDE, n: int) -> np.ndarray:
     if isinstance(sde, (VPSDE, SubVPSDE)):
         return np.linspace(sde.beta_min / n, sde.beta_max / n, n)
     raise ValueError(f"compat: {PEER!r} has no ladder {type(sde).__name__}")
+
+
+def ddpm_steps(run: Setup, steps: int | None, schedule: object) -> list[Step]:
+    """The N steps of Ho et al. 2020, Algorithm 2, descending to level 0 (the paper's t = 1).
+
+    Raises:
+        ValueError: for an SDE that is no `DDPMSchedule`, and for a grid of one's own: the peer
+            visits every level.
+    """
+    if not isinstance(run.sde, DDPMSchedule):
+        raise ValueError(
+            f"sde: compat={DDPM_PEER!r} needs a DDPMSchedule (the paper's is "
+            f"DDPMSchedule.linear()), got {run.sde!r}"
+        )
+    own = {"schedule": schedule, "t_max": run.t_max, "t_min": run.t_min}
+    for name, value in own.items():
+        if value is not None:
+            raise ValueError(f"{name}: compat={DDPM_PEER!r} visits every level, got {value!r}")
+    betas = run.sde.betas
+    n = len(betas)
+    if steps is not None and steps != n:
+        raise ValueError(f"steps: compat={DDPM_PEER!r} keeps the schedule's {n}, got {steps!r}")
+    return [_ddpm_step(run.sde, i) for i in range(n - 1, -1, -1)]
+
+
+def _ddpm_step(sde: DDPMSchedule, i: int) -> Step:
+    beta = float(sde.betas[i])
+    below = float(sde.std(i - 1)) if i > 0 else 0.0
+    posterior_std = math.sqrt(beta) * below / float(sde.std(i))
+    k = math.sqrt(1.0 - beta)
+    return Step(float(i), k, beta, posterior_std, 1.0 - beta, -1.0, i - 1.0, clean=i == 0)

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sbm_fast.methods.chain import chain_steps
+from sbm_fast.methods.clipping import DynamicThreshold
 from sbm_fast.methods.setup import ENDS_CLEAN, Setup, not_negative
 
 if TYPE_CHECKING:
@@ -36,13 +37,13 @@ def ddim(
         schedule: kind of time grid, or the sub-sequence of times itself, descending.
         eta: η ≥ 0.
         rederive_eps: with clip_denoised, take ε from the clamped D (guided-diffusion), or False:
-            straight from the network (diffusers' default).
+            straight from the network (diffusers' default); True only with a `DynamicThreshold`.
 
     ``denoise``: the last row is D in any case, without noise and without a further evaluation.
     """
     run.check_compat()
     eta = not_negative("eta", eta)
-    _check_rederive_eps(rederive_eps)
+    _check_rederive_eps(run, rederive_eps)
     run.denoise_mode("mean", "mean", False, because=ENDS_CLEAN)
     times = run.times(few_levels(run, steps, schedule, _STEPS), schedule, default=_STEPS)
     b = run.builder(float(times[0]))
@@ -91,7 +92,7 @@ def ddim_inversion(
         ValueError: naming ``x_init`` where none is given, and ``t_min`` where there is no noise.
     """
     run.check_compat()
-    _check_rederive_eps(rederive_eps)
+    _check_rederive_eps(run, rederive_eps)
     run.denoise_mode(False, False, because="it ends at t_max, in the latent")
     if not run.given_start:
         raise ValueError(
@@ -123,6 +124,10 @@ def few_levels(
     return steps
 
 
-def _check_rederive_eps(value: object) -> None:
+def _check_rederive_eps(run: Setup, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"rederive_eps: expected True or False, got {value!r}")
+    if not value and isinstance(run.clip, DynamicThreshold):
+        raise ValueError(
+            "rederive_eps: with a DynamicThreshold ε follows the thresholded D, got False"
+        )

@@ -18,6 +18,7 @@ from sbm_fast.sde import EDMSDE, SDE, Ladder
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from sbm_fast.methods.clipping import Clip
     from sbm_fast.model import ScoreModel
 
     Schedule = str | Sequence[float] | NDArray[np.float64]
@@ -37,7 +38,7 @@ class Setup:
     t_max: float | None = None
     t_min: float | None = None
     denoise: Denoise | None = None
-    clip: float | None = None
+    clip: Clip | None = None
     compat: str | None = None
     given_start: bool = False
 
