@@ -5,10 +5,12 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from sbm_fast.backend import Kernels
 from sbm_fast.model import ScoreModel
 from sbm_fast.plan import NORMS, Plan
-from sbm_fast.run import FLOATS
+from sbm_fast.row_step import FLOATS
 
 
 def full_shape(shape: Sequence[int] | None, num_samples: int, model: ScoreModel) -> tuple[int, ...]:
@@ -66,15 +68,43 @@ def placement(
     return place, net_dtype
 
 
-def check_cuda_graph(cuda_graph: bool | str, device: torch.device) -> None:
-    """ValueError for a value that is unknown, or that this version can't do."""
+def check_cuda_graph(cuda_graph: bool | str, device: torch.device, kernels: Kernels) -> bool:
+    """Whether to record graphs; ValueError for a value that is unknown or can't be had here.
+
+    "auto" does not until graphs have been measured on a GPU.
+    """
     if cuda_graph not in ("auto", True, False):
         raise ValueError(f'cuda_graph: expected "auto", True or False, got {cuda_graph!r}')
-    if cuda_graph is True:
+    if cuda_graph is not True:
+        return False
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected a run on a CUDA device, this one is on {device}")
+    if kernels.name == "eager":
         raise ValueError(
-            f"cuda_graph: graph capture is not part of this version (device {device}); "
-            'use "auto" or False'
+            "cuda_graph: the eager step looks at its table on the host, which no graph can hold; "
+            'expected backend="cuda" or "triton", got "eager" (see sbm_fast.doctor())'
         )
+    return True
+
+
+def guidance_weights(guidance: float | Tensor, x: Tensor, model: ScoreModel) -> Tensor:
+    """One weight for every sample of x; ValueError or TypeError naming `guidance`."""
+    if model.null_cond is None:
+        raise ValueError(
+            "guidance: the model has no null_cond (the conditioning that stands for none); "
+            "give it to ScoreModel(..., null_cond={...})"
+        )
+    try:
+        weight = torch.as_tensor(guidance, dtype=x.dtype, device=x.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"guidance: expected a number or weights, got {guidance!r}") from None
+    if weight.dim() > 1 or (weight.dim() == 1 and len(weight) != len(x)):
+        raise ValueError(
+            f"guidance: expected a number or [{len(x)}] weights, got shape {tuple(weight.shape)}"
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"guidance: expected finite weights, got {guidance!r}")
+    return weight.expand(len(x)).contiguous()
 
 
 def warn_about(plan: Plan, net_dtype: torch.dtype, numel: int) -> None:

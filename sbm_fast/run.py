@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,14 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sbm_fast.plan import H0, TAIL_LANES, Plan, Z
+from sbm_fast.plan import H0, NORMS, TAIL_LANES, Plan, Z
 from sbm_fast.row_inputs import RowInputs
+from sbm_fast.row_step import INPUT_CHANGED, OTHER_VIEW, Memory, RowStep, check_outputs
 
 if TYPE_CHECKING:
+    from sbm_fast.capture import Capture
     from sbm_fast.sampler import Sampler
-
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""What a network may take and give."""
 
 NoiseHook = Callable[[int, int], Tensor]
 """(draw, stream) → tensor [B, …] used as z."""
@@ -67,6 +67,11 @@ class Table:
         in_step = numbers[:, None].expand(plan.rows, batch).unbind(0)
         return cls(plan, given_start, *plan.pack(dtype, device), in_step)
 
+    @property
+    def coupled(self) -> bool:
+        """Whether a row couples the samples of a batch."""
+        return bool((self.plan.norm == NORMS.index("batch_mean")).any())
+
 
 class Run:
     """A sampling run that can be advanced row by row, kept, and taken up again.
@@ -86,42 +91,58 @@ class Run:
         cond: dict[str, Any],
         guidance: Tensor | None,
         noise: NoiseHook | None,
+        capture: Capture | None = None,
     ) -> None:
-        plan = table.plan
+        plan, model = table.plan, sampler.model
         self.plan, self.seed, self.row = plan, seed, 0
         self.seconds_network = 0.0
-        self._coef, self._field = table.coef, table.field
-        self._row_numbers, self._table = table.row_numbers, table
-        self._cond, self._guidance, self._noise = cond, guidance, noise
-        self._x, self._keys = x, keys
-        batch = x.shape[0]
-        self._registers = x.new_zeros((plan.registers, *x.shape)) if plan.registers else None
-        direct = sampler.net_dtype == x.dtype and bool((plan.c_in[plan.evaluates] == 1.0).all())
-        self._net_input = None if direct else torch.zeros_like(x, dtype=sampler.net_dtype)
-        self._net_time = x.new_zeros(batch)
+        self.memory = Memory.of(plan, x, keys, guidance, sampler.net_dtype)
+        self.cond, self.null_cond = cond, dict(model.null_cond or {})
+        self.net, self.kernels = model.net, sampler.kernels
+        self._model, self._table, self._noise, self._capture = model, table, noise, capture
         # Embeddings of time are made in float32 by every network that is not float64 itself.
         wide = sampler.net_dtype == torch.float64
         self._label_dtype = torch.float64 if wide else torch.float32
-        self._epsilon = x.new_zeros(batch) if plan.norm.any() else None
-        self._first_bad = torch.full((batch,), -1, dtype=torch.int32, device=x.device)
-        self._evaluates = plan.evaluates.tolist()
-        self._step, self._net = sampler.kernels.affine_step_, sampler.model.net
-        self._null_cond = dict(sampler.model.null_cond or {})
-        self._row_inputs = RowInputs.of(plan, sampler.model, self._step, x)
         self._checked = self._running = False
-        self._counts = not x.is_inference()  # inference tensors have no version counter
+        self._row_inputs = None if capture else self._make_row_inputs(x)
         self._needs_noise = ((plan.coef[:, :, Z] != 0).any(axis=1) | (plan.norm != 0)).tolist()
+
+    def _make_row_inputs(self, x: Tensor) -> RowInputs | None:
+        return RowInputs.of(self.plan, self._model, self.kernels.affine_step_, x)
+
+    def row_step(
+        self, memory: Memory, row: Tensor, cond: dict[str, Any], null_cond: dict[str, Any]
+    ) -> RowStep:
+        """This run's rows over another memory."""
+        return RowStep(
+            net=self.net,
+            affine_step_=self.kernels.affine_step_,
+            coef=self._table.coef,
+            field=self._table.field,
+            coupled=self._table.coupled,
+            row_inputs=self._make_row_inputs(memory.x),
+            label_dtype=self._label_dtype,
+            memory=memory,
+            row=row,
+            cond=cond,
+            null_cond=null_cond,
+        )
 
     @property
     def x(self) -> Tensor:
         """A copy of the present state, in the plan's coordinate."""
-        return self._x.clone()
+        return self.memory.x.clone()
+
+    @property
+    def given_start(self) -> bool:
+        """Whether it began from an x_init."""
+        return self._table.given_start
 
     @property
     def nfe(self) -> int:
         """Network evaluations so far."""
         done = int(np.count_nonzero(self.plan.evaluates[: self.row]))
-        return done if self._guidance is None else 2 * done
+        return done if self.memory.guidance is None else 2 * done
 
     @torch.no_grad()
     def advance(
@@ -144,7 +165,7 @@ class Run:
             raise RuntimeError("advance: this run is being advanced already")
         left = self.plan.rows - self.row
         end = self.row + (left if rows is None else min(rows, left))
-        if self._x.numel() == 0:
+        if self.memory.x.numel() == 0 or end == self.row:
             self.row = end
             return self
         self._running = True
@@ -155,29 +176,33 @@ class Run:
         return self
 
     def _go(self, end: int, progress: bool, callback: Callable[[Step], None] | None) -> None:
-        with _eval_mode(self._net), _bar(end - self.row, progress) as bar:
-            for row in self._rows(end):
+        rows = self._rows(end) if self._capture is None else self._capture.rows(self, end)
+        with _eval_mode(self.net), _bar(end - self.row, progress) as bar, closing(rows):
+            for row in rows:
                 if bar is not None:
                     bar.update()
                 if callback is not None:
                     time_of_row = float(self.plan.time[row])
-                    callback(Step(row, self.plan.rows, time_of_row, self._x.clone()))
+                    callback(Step(row, self.plan.rows, time_of_row, self.x))
 
-    def _rows(self, end: int) -> Iterator[int]:
+    def _rows(self, end: int) -> Generator[int, None, None]:
         """Runs the rows before `end` and yields each when it is done.
 
-        One loop with everything in locals: at small states its own time counts.
+        One loop with everything in locals: at small states its own time counts. `RowStep` is the
+        same row for those who can't look at each.
         """
-        x, net_time, counts = self._x, self._net_time, self._counts
-        inputs = x if self._net_input is None else self._net_input
-        net, step, clock = self._net, self._step, time.perf_counter
-        cond, evaluates, row_numbers = self._cond, self._evaluates, self._row_numbers
-        guidance, registers, keys, epsilon = (
-            self._guidance, self._registers, self._keys, self._epsilon,
-        )  # fmt: skip
-        coef, field, net_input, bad = self._coef, self._field, self._net_input, self._first_bad
+        m, table, net, clock = self.memory, self._table, self.net, time.perf_counter
+        x, inputs, net_time, net_input, bad = m.x, m.inputs, m.net_time, m.net_input, m.first_bad
+        guidance, registers, keys = m.guidance, m.registers, m.keys
+        coef, field, row_numbers = table.coef, table.field, table.row_numbers
+        cond, null_cond, row_inputs = self.cond, self.null_cond, self._row_inputs
+        evaluates, step = self.plan.evaluates.tolist(), self.kernels.affine_step_
+        epsilons = [m.epsilon] * len(evaluates)
+        if m.workspace is not None:  # a GPU: see `affine_step_`
+            step = partial(step, workspace=m.workspace, coupled=table.coupled)
+            epsilons = [m.epsilon if norm else None for norm in self.plan.norm.tolist()]
+        counts = not x.is_inference()  # inference tensors have no version counter
         noise, cast = None, self._label_dtype if self._label_dtype != x.dtype else None
-        row_inputs = self._row_inputs
         for row in range(self.row, end):
             network = uncond = None
             if evaluates[row]:
@@ -187,11 +212,11 @@ class Run:
                 label_version = label._version if counts else 0
                 network = net(inputs, label, **cond)
                 if guidance is not None:
-                    uncond = net(inputs, label, **self._null_cond)
+                    uncond = net(inputs, label, **null_cond)
                 if not self._checked:
                     self._check_outputs(network, uncond)
                 if counts and (inputs._version, label._version) != (version, label_version):
-                    raise ValueError("model: the network changed its input in place")
+                    raise ValueError(INPUT_CHANGED)
                 if inputs.requires_grad:  # it differentiated by x: the next row starts afresh
                     inputs.requires_grad_(False).grad = None
                 self.seconds_network += clock() - begin
@@ -205,11 +230,11 @@ class Run:
                     )
                 step(
                     x, f, f_u, weight, registers, keys, row_numbers[row], coef, field,
-                    epsilon, z, net_input, net_time, bad,
+                    epsilons[row], z, net_input, net_time, bad,
                 )  # fmt: skip
             except RuntimeError as error:
                 self._check_outputs(network, uncond)
-                if "another view" not in str(error):
+                if OTHER_VIEW not in str(error):
                     raise
                 raise ValueError(f"model: its output does not fit: {error}") from error
             self.row = row + 1
@@ -217,28 +242,21 @@ class Run:
 
     def _check_outputs(self, network: object, uncond: object) -> None:
         """The first evaluation's outputs; later ones are looked at when the step refuses them."""
-        inputs = self._x if self._net_input is None else self._net_input
-        shape = inputs.shape if self._row_inputs is None else self._row_inputs.output_shape
-        outputs = [_check_output(network, inputs, shape)]
-        if self._guidance is not None:
-            outputs.append(_check_output(uncond, inputs, shape))
-            if outputs[0].data_ptr() == outputs[1].data_ptr():
-                raise ValueError(
-                    "model: both outputs under guidance are the same memory; return a new tensor "
-                    "from every call"
-                )
+        m = self.memory
+        outputs = [network] if m.guidance is None else [network, uncond]
+        check_outputs(outputs, m.inputs, self._row_inputs)
         self._checked = True
 
     def _given_noise(self, row: int) -> Tensor | None:
         if self._noise is None or not self._needs_noise[row]:
             return None
-        z = self._noise(int(self.plan.draw[row]), int(self.plan.stream[row]))
-        if not isinstance(z, Tensor) or z.shape != self._x.shape or not z.is_floating_point():
+        z, x = self._noise(int(self.plan.draw[row]), int(self.plan.stream[row])), self.memory.x
+        if not isinstance(z, Tensor) or z.shape != x.shape or not z.is_floating_point():
             got = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z)
             raise ValueError(
-                f"noise: expected a floating tensor of shape {tuple(self._x.shape)}, got {got}"
+                f"noise: expected a floating tensor of shape {tuple(x.shape)}, got {got}"
             )
-        return z.to(self._x.device)
+        return z.to(x.device)
 
     def result(self) -> Tensor:
         """The samples, once every row has run.
@@ -248,66 +266,59 @@ class Run:
         """
         if self.row < self.plan.rows:
             raise ValueError(f"result: {self.plan.rows - self.row} rows are left; call advance()")
-        bad = torch.nonzero(self._first_bad >= 0).flatten()
+        x, first_bad = self.memory.x, self.memory.first_bad
+        bad = torch.nonzero(first_bad >= 0).flatten()
         if len(bad):
-            rows = self._first_bad[bad]
+            rows = first_bad[bad]
             first = int(torch.argmin(rows))
             row, sample = int(rows[first]), int(bad[first])
             step = int(np.count_nonzero(self.plan.evaluates[: row + 1]))
             raise ValueError(
-                f"model: returned values that are not finite for {len(bad)} of {len(self._x)} "
+                f"model: returned values that are not finite for {len(bad)} of {len(x)} "
                 f"samples, first for sample {sample} at evaluation {step} of {self.plan.nfe} "
                 f"(row {row}, t = {self.plan.time[row]:.6g})"
             )
-        if not torch.isfinite(self._x).all():
-            finite = torch.isfinite(self._x).reshape(len(self._x), -1).all(1)
+        if not torch.isfinite(x).all():
+            finite = torch.isfinite(x).reshape(len(x), -1).all(1)
             raise ValueError(
                 f"x: the state of sample {int(torch.argmin(finite.int()))} is not finite although "
                 "every network output was: they were too large, or the given noise or start was"
             )
-        return self._x
+        return x.clone() if self._running else x  # a callback may see a graph's memory
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `Sampler.resume` needs, as tensors (for torch.save or safetensors)."""
-        registers = self._registers if self._registers is not None else self._x.new_zeros(0)
+        m = self.memory
+        registers = m.registers if m.registers is not None else m.x.new_zeros(0)
         return {
-            "x": self._x.clone(),
+            "x": m.x.clone(),
             "registers": registers.clone(),
-            "keys": self._keys.clone(),
+            "keys": m.keys.clone(),
             "row": torch.tensor(self.row, device="cpu"),
-            "first_bad": self._first_bad.clone(),
-            "given_start": torch.tensor(self._table.given_start, device="cpu"),
+            "first_bad": m.first_bad.clone(),
+            "given_start": torch.tensor(self.given_start, device="cpu"),
             "plan": self._table.fingerprint(),
         }
 
     def restore(self, row: int, registers: Tensor, first_bad: Tensor) -> None:
         """Puts the run before `row`, with these registers and what was noted of bad outputs."""
-        held = (0,) if self._registers is None else tuple(self._registers.shape)
-        if tuple(registers.shape) != held or first_bad.shape != self._first_bad.shape:
+        m = self.memory
+        held = (0,) if m.registers is None else tuple(m.registers.shape)
+        if tuple(registers.shape) != held or first_bad.shape != m.first_bad.shape:
             raise ValueError(
                 f"state: expected registers of shape {held} and first_bad of shape "
-                f"{tuple(self._first_bad.shape)}, got {tuple(registers.shape)} and "
+                f"{tuple(m.first_bad.shape)}, got {tuple(registers.shape)} and "
                 f"{tuple(first_bad.shape)}"
             )
-        if self._registers is not None:
-            self._registers.copy_(registers)
-        self._first_bad.copy_(first_bad)
+        if m.registers is not None:
+            m.registers.copy_(registers)
+        m.first_bad.copy_(first_bad)
         self.row = row
-        if row < self.plan.rows and self._evaluates[row]:
-            scale = float(self._coef[row - 1, 0, _lane(self.plan, "c_in_next")])
-            label = float(self._coef[row - 1, 0, _lane(self.plan, "label_next")])
-            self._net_time.fill_(label)
-            if self._net_input is not None:
-                self._net_input.copy_(self._x * scale)
-
-
-def _check_output(out: object, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if not isinstance(out, Tensor) or out.shape != shape or out.dtype not in FLOATS:
-        got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out)
-        raise ValueError(f"model: expected a floating tensor of shape {tuple(shape)}, got {got}")
-    if out.device != x.device:
-        raise ValueError(f"model: expected its output on {x.device}, got {out.device}")
-    return out
+        if row < self.plan.rows and self.plan.evaluates[row]:
+            before = self._table.coef[row - 1, 0]
+            m.net_time.fill_(float(before[_lane(self.plan, "label_next")]))
+            if m.net_input is not None:
+                m.net_input.copy_(m.x * float(before[_lane(self.plan, "c_in_next")]))
 
 
 def _lane(plan: Plan, name: str) -> int:

@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from sbm_fast import noise as noise_module
-from sbm_fast.arguments import check_cuda_graph, full_shape, placement, warn_about
+from sbm_fast.arguments import (
+    check_cuda_graph,
+    full_shape,
+    guidance_weights,
+    placement,
+    warn_about,
+)
 from sbm_fast.backend import Kernels, choose_backend
+from sbm_fast.capture import Capture, CudaRecorder
 from sbm_fast.methods import DynamicThreshold, make_plan
 from sbm_fast.model import ScoreModel, as_score_model
 from sbm_fast.plan import NORMS, Plan, X
@@ -52,6 +59,12 @@ class Sampler:
     Takes the arguments of `sample` that don't change between calls; `sampler(seed=…)` samples.
     `sampler.start(…)` gives a `Run` to go through step by step, `sampler.resume(state)` takes one
     up where it was left.
+
+    With cuda_graph=True the first call records one row (network, guidance, update, advance of time)
+    as a CUDA graph, and every row of every later call is its replay: new seeds, x_init, guidance
+    weights and tensors in `cond` are copied into the graph's memory; their shapes and all other
+    values in `cond` must stay. What the network does in Python is done while recording only, and
+    with the precision flags of that moment. Runs own their states and results; they take turns.
     """
 
     def __init__(
@@ -86,7 +99,8 @@ class Sampler:
         self.dtype = dtype
         self.device, self.net_dtype = placement(self.model, device, net_dtype, dtype)
         self.kernels: Kernels = choose_backend(backend, self.device)
-        check_cuda_graph(cuda_graph, self.device)
+        captures = check_cuda_graph(cuda_graph, self.device, self.kernels)
+        self._capture = Capture(CudaRecorder(self.device)) if captures else None
         self.cond, self.guidance = cond, guidance
         # The peer's own SDE object knows its N, which `as_sde` has no place for.
         self._plan_arguments = dict(
@@ -157,7 +171,7 @@ class Sampler:
                 f'(first_sample={first_sample}) would differ from the whole; use norm="sigma"'
             )
         x = self._initial_state(x_init, plan)
-        return Run(self, table, x, keys, seed, *self._conditioning(cond, guidance), noise)
+        return self._run(table, x, keys, seed, cond, guidance, noise)
 
     def resume(
         self,
@@ -194,7 +208,7 @@ class Sampler:
         x = torch.empty(self.shape, dtype=self.dtype, device=self.device).copy_(state["x"])
         keys = state["keys"].to(self.device).contiguous()
         noise_module.check_keys(keys, self.shape[0], None, 0)
-        run = Run(self, table, x, keys, None, *self._conditioning(cond, guidance), noise)
+        run = self._run(table, x, keys, None, cond, guidance, noise)
         run.restore(row, state["registers"], state["first_bad"])
         return run
 
@@ -255,35 +269,29 @@ class Sampler:
             raise ValueError(f"x_init: holds values that are not finite in {self.dtype}")
         return x
 
-    def _conditioning(
-        self, cond: Mapping[str, Any] | None, guidance: float | Tensor | None
-    ) -> tuple[dict[str, Any], Tensor | None]:
+    def _run(
+        self,
+        table: Table,
+        x: Tensor,
+        keys: Tensor,
+        seed: int | None,
+        cond: Mapping[str, Any] | None,
+        guidance: float | Tensor | None,
+        noise: NoiseHook | None,
+    ) -> Run:
         cond = self.cond if cond is None else cond
         if cond is not None and not isinstance(cond, Mapping):
             raise TypeError(
                 f"cond: expected a dict of keyword arguments, got {type(cond).__name__}"
             )
+        if noise is not None and self._capture is not None:
+            raise ValueError(
+                "noise: a CUDA graph makes its own noise and calls nothing between rows; use "
+                "cuda_graph=False with a noise hook"
+            )
         guidance = self.guidance if guidance is None else guidance
-        cond = dict(cond or {})
-        if guidance is None:
-            return cond, None
-        if self.model.null_cond is None:
-            raise ValueError(
-                "guidance: the model has no null_cond (the conditioning that stands for none); "
-                "give it to ScoreModel(..., null_cond={...})"
-            )
-        try:
-            weight = torch.as_tensor(guidance, dtype=self.dtype, device=self.device)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"guidance: expected a number or weights, got {guidance!r}") from None
-        if weight.dim() > 1 or (weight.dim() == 1 and len(weight) != self.shape[0]):
-            raise ValueError(
-                f"guidance: expected a number or [{self.shape[0]}] weights, got shape "
-                f"{tuple(weight.shape)}"
-            )
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"guidance: expected finite weights, got {guidance!r}")
-        return cond, weight.expand(self.shape[0]).contiguous()
+        weights = None if guidance is None else guidance_weights(guidance, x, self.model)
+        return Run(self, table, x, keys, seed, dict(cond or {}), weights, noise, self._capture)
 
 
 def _begins_given(plan: Plan) -> bool:
@@ -353,6 +361,8 @@ def sample(
         net_dtype: of the network's input; None: that of its parameters, else dtype.
         device: None: that of the model's parameters, else torch's default.
         backend: "auto", "cpu" (compiled) or "eager" (plain torch); see `sbm_fast.doctor()`.
+        cuda_graph: True records a row on its first use as a CUDA graph and replays it for every
+            later one (see `Sampler`); "auto" and False do not.
         progress: show a progress bar.
         callback: called with a `Step` after every row.
         return_info: return (samples, `SampleInfo`).
