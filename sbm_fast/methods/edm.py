@@ -7,11 +7,16 @@ too. The paper's σ is called nsr where the two could be confused.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sbm_fast.methods.setup import ENDS_CLEAN, Setup, not_negative
 from sbm_fast.process import finite
+from sbm_fast.schedule import time_grid
+from sbm_fast.sde import EDMSDE, Ladder
 
 if TYPE_CHECKING:
     from sbm_fast.methods.setup import Schedule
@@ -21,23 +26,28 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 """The paper's range (Table 1)."""
 
 _PEER = "edm"
+_STEPS = 18
+
+Rounding = Callable[[float], float]
+"""σ → the noise level nearest to it that the network was trained at."""
 
 
 @dataclass(frozen=True)
 class _Churn:
-    """The paper's noise increase: σ̂ = σ + γσ inside [S_min, S_max]."""
+    """The paper's noise increase: σ̂ = rounded(σ + γσ) inside [S_min, S_max]."""
 
     gamma: float
     s_min: float
     s_max: float
     s_noise: float
     highest: float
+    rounded: Rounding
 
     def raised(self, sigma: float) -> float:
         """σ̂, not beyond the highest level that the network knows."""
         if self.gamma == 0 or not self.s_min <= sigma <= self.s_max:
             return sigma
-        return max(sigma, min(sigma * (1 + self.gamma), self.highest))
+        return max(sigma, self.rounded(min(sigma * (1 + self.gamma), self.highest)))
 
     def noise_std(self, sigma: float) -> float:
         """S_noise √(σ̂² − σ²), what takes x from σ to σ̂."""
@@ -66,7 +76,10 @@ def edm(
         d = (x̂ − D(x̂; σ̂)) / σ̂,  x' = x̂ + (σ_{i+1} − σ̂) d
         d' = (x' − D(x'; σ_{i+1})) / σ_{i+1},  x' = x̂ + (σ_{i+1} − σ̂) (d + d') / 2
 
-    Evaluations: 2n − 1, or n without ``heun``. The churn of step i is the noise of the row before.
+    Evaluations: 2n − 1, or n without ``heun``. The churn of step i is the noise of the row before,
+    so that its z is, for the ``noise`` argument of ``sample``, number (draw, stream) = (2i + c, 1),
+    without ``heun`` (i + c, 1), with c = 1 if step 0 is churned and 0 else; steps without churn
+    draw none. The start is σ_0 times number (0, 0).
 
     Args:
         run: the run.
@@ -78,8 +91,13 @@ def edm(
         S_churn, S_min, S_max, S_noise: the paper's churn parameters.
         heun: False leaves out the correction.
 
-    σ̂ is held inside the network's trained range; ``compat="edm"`` never alters it (what leaves
-    the range is then an error). ``denoise``: the last step ends at σ = 0, on D.
+    σ̂ is held inside the network's trained range. ``denoise``: the last step ends at σ = 0, on D.
+
+    ``compat="edm"``: exactly the steps of the authors' sampler. σ̂ is never altered: what leaves the
+    network's range is an error (for churn above sigma_max declare the network under an EDMSDE that
+    reaches as high). For a network that was trained on a ladder σ_i and σ̂ are rounded to its
+    nearest levels, as their ``round_sigma`` does, and n is 18 there too. Their precision is
+    ``dtype=torch.float64`` with ``net_dtype=torch.float32``.
     """
     run.check_compat(_PEER)
     run.denoise_mode("mean", "mean", False, because=ENDS_CLEAN)
@@ -93,6 +111,7 @@ def edm(
         s_max=math.inf if S_max == math.inf else not_negative("S_max", S_max),
         s_noise=not_negative("S_noise", S_noise),
         highest=math.inf if run.compat else run.nsr_range()[1],
+        rounded=_rounding(run) or float,
     )
     b = run.builder(float(run.sde.time_at_nsr(sigmas[0])), coordinate="x/m")
     b.start(sigmas[0])
@@ -148,16 +167,33 @@ def _grid(
         )
     if not low < high:
         raise ValueError(f"sigma_min, sigma_max: expected sigma_min < sigma_max, got {low}, {high}")
-    t_min = float(run.sde.time_at_nsr(low)) if run.t_min is None else run.t_min
-    t_max = float(run.sde.time_at_nsr(high)) if run.t_max is None else run.t_max
     karras = schedule is None or (isinstance(schedule, str) and schedule == "karras")
-    times = run.times(
-        steps,
-        schedule,
-        default=18,
-        kind="karras",
-        t_min=t_min,
-        t_max=t_max,
-        rho=finite("rho", rho, above=0) if karras else None,
-    )
-    return [float(sigma) for sigma in run.sde.nsr(times)]
+    rho = finite("rho", rho, above=0)
+    rounded = _rounding(run)
+    if rounded and karras:
+        low = low if run.t_min is None else float(run.sde.nsr(run.t_min))
+        high = high if run.t_max is None else float(run.sde.nsr(run.t_max))
+        sigmas = time_grid(EDMSDE(low, high), _STEPS if steps is None else steps, "karras", rho=rho)
+    else:
+        t_min = float(run.sde.time_at_nsr(low)) if run.t_min is None else run.t_min
+        t_max = float(run.sde.time_at_nsr(high)) if run.t_max is None else run.t_max
+        times = run.times(
+            steps,
+            schedule,
+            default=_STEPS,
+            kind="karras",
+            t_min=t_min,
+            t_max=t_max,
+            rho=rho if karras else None,
+        )
+        sigmas = run.sde.nsr(times)
+    return [rounded(float(sigma)) if rounded else float(sigma) for sigma in sigmas]
+
+
+def _rounding(run: Setup) -> Rounding | None:
+    """The peer's round_sigma, which rounds for networks of a ladder only."""
+    own = run.sde if run.model.sde is None else run.model.sde
+    if run.compat != _PEER or not isinstance(own, Ladder):
+        return None
+    levels = own.nsr(np.arange(own.levels))
+    return lambda sigma: float(levels[np.abs(levels - sigma).argmin()])
