@@ -17,6 +17,7 @@ reported. All numbers are gathered by the device tensor `row`; nothing is read b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -90,9 +91,8 @@ class RowInputs:
         if network is None:
             return network, uncond, guidance, noise
         if self._channels is not None:
-            v = network[:, self._channels :]
-            network = network[:, : self._channels]
-            uncond = None if uncond is None else uncond[:, : self._channels]
+            network, v = network.split(self._channels, dim=1)
+            uncond = None if uncond is None else uncond.narrow(1, 0, self._channels)
             if self._variance is not None:
                 network = network + 0 * v  # what is not finite in v must show in F
                 noise = self._variance.noise(v, keys, row, noise)
@@ -119,10 +119,10 @@ class _LearnedVariance:
             )
         else:
             z = noise.to(z.dtype)
-        bounds = self._log_std[_at(row, self._log_std)]
+        bounds = _gather(self._log_std, row)
         low, high = (per_sample(bound, z) for bound in bounds.unbind(1))
-        # One layout, so that exp takes the same path for every memory format.
-        share = (v.to(z.dtype).contiguous() + 1) * 0.5
+        # Copied into one layout, so that exp takes the same path for every memory format.
+        share = (torch.empty_like(self._z).copy_(v) + 1) * 0.5
         return z * torch.exp(low + share * (high - low))
 
 
@@ -137,7 +137,7 @@ class _Threshold:
         self._folded = _rows_of(plan, {F: plan.evaluates.astype(np.float64)}, x)
         self._denoised = _rows_of(plan, {X: np.where(on, p, 0), F: np.where(on, q, 0)}, x)
 
-        elements = max(1, x[0].numel() if len(x) else 1)
+        elements = math.prod(x.shape[1:])
         position = np.where(on, quantile, 1.0) * (elements - 1)
         below = np.floor(position)
         # Only the values above the lowest quantile are looked at, in falling order.
@@ -162,19 +162,19 @@ class _Threshold:
         self._step(f, network, uncond, guidance, None, keys, row, *self._folded, *unread)
         d.copy_(x)
         self._step(d, f, None, None, None, keys, row, *self._denoised, *unread)
-        at = _at(row, self._on)
-        fraction, least, most, q = self._lanes[at].unbind(1)
-        values = d.abs().flatten(1).topk(self._top, dim=1).values.gather(1, self._index[at])
+        fraction, least, most, q = _gather(self._lanes, row).unbind(1)
+        values = d.abs().flatten(1).topk(self._top, dim=1).values
+        values = values.gather(1, _gather(self._index, row))
         below, above = values.unbind(1)
         quantile = below + fraction * (above - below)
         s = per_sample(torch.minimum(torch.maximum(quantile, least), most), d)
         changed = f + (torch.clamp(d, -s, s) / s - d) / per_sample(q, d)
-        return torch.where(per_sample(self._on[at], d), changed, f)
+        return torch.where(per_sample(_gather(self._on, row), d), changed, f)
 
 
-def _at(row: Tensor, table: Tensor) -> Tensor:
-    """Where `row` stands in a table; finished samples (row R) read the last row, to no effect."""
-    return row.clamp(0, len(table) - 1).long()
+def _gather(table: Tensor, row: Tensor) -> Tensor:
+    """Every sample's row of a table; finished samples (row R) get the last one, to no effect."""
+    return table.index_select(0, row.clamp(0, len(table) - 1))
 
 
 def _rows_of(plan: Plan, weights: dict[int, np.ndarray], x: Tensor) -> tuple[Tensor, Tensor]:

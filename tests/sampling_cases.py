@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import sbm_fast
 from sbm_fast import EDMSDE, VESDE, VPSDE, DDPMSchedule, NCSNLadder, Sampler, SubVPSDE
+from sbm_fast.methods import DynamicThreshold
 from sbm_fast.sde import SDE
 
 VP, VE = VPSDE(), VESDE(0.01, 5.0)
@@ -28,6 +29,8 @@ METHODS: dict[str, tuple[str, SDE, dict[str, Any]]] = {
     "ode rk4": ("ode", VP, {"steps": 3, "solver": "rk4"}),
     "ddim": ("ddim", VP, {"steps": 6, "eta": 0.7}),
     "ddim clipped": ("ddim", VP, {"steps": 6, "clip_denoised": 0.5}),
+    "ddpm": ("ddpm", DDPM, {"steps": 6, "variance": "beta_tilde"}),
+    "ddpm thresholded": ("ddpm", DDPM, {"steps": 6, "clip_denoised": DynamicThreshold(0.8, 0.3)}),
     "edm": ("edm", EDMSDE(), {"steps": 5, "S_churn": 20.0}),
     "2m": ("dpmpp_2m", VP, {"steps": 6}),
     "2m sde clipped": ("dpmpp_2m_sde", VE, {"steps": 6, "clip_denoised": 0.5}),
