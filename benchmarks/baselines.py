@@ -184,11 +184,11 @@ class ScoreSDE:
     ) -> None:
         self.sde, self.network, self.updates = VP(), network, updates
         self.draw: Draw = torch.randn_like if draw is None else draw
-        self.times = torch.linspace(1, T_MIN, STEPS)
         self.i = STEPS
 
     def reset(self, x: Tensor) -> None:
         self.x, self.i = x.clone(), 0
+        self.times = torch.linspace(1, T_MIN, STEPS, device=x.device)
 
     @property
     def left(self) -> int:
@@ -235,13 +235,14 @@ class Tuned:
         self.network, self.corrector, self.draw = network, corrector, draw
         make = corrector_coefficients if corrector else euler_maruyama_coefficients
         self.coefficients = make(torch.float64).tolist()
-        self.times = torch.linspace(1, T_MIN, STEPS, dtype=dtype)
-        self.generator = torch.Generator().manual_seed(0)
+        self.dtype = dtype
         self.i = STEPS
 
     def reset(self, x: Tensor) -> None:
         self.x, self.z, self.i = x.clone(), torch.empty_like(x), 0
-        self.labels = self.times[:, None].expand(STEPS, len(x)) * (1 if self.corrector else 999)
+        self.generator = torch.Generator(x.device).manual_seed(0)
+        times = torch.linspace(1, T_MIN, STEPS, dtype=self.dtype, device=x.device)
+        self.labels = times[:, None].expand(STEPS, len(x)) * (1 if self.corrector else 999)
 
     @property
     def left(self) -> int:
@@ -298,12 +299,16 @@ class Compiled:
         step = corrector_step if corrector else euler_maruyama_step
         self.step: Callable[..., None] = torch.compile(step, fullgraph=True, dynamic=False)
         make = corrector_coefficients if corrector else euler_maruyama_coefficients
-        self.rows = make(torch.float32).unbind(0)
-        self.labels = 999 * torch.linspace(1, T_MIN, STEPS)
+        # Rows of 16 bytes: inductor copies inputs on a GPU that are aligned to less.
+        self.coefficients = make(torch.float32)
+        missing = 4 - self.coefficients.shape[1]
+        self.coefficients = nn.functional.pad(self.coefficients, (0, missing))
         self.i = STEPS
 
     def reset(self, x: Tensor) -> None:
         self.x, self.i = x.clone(), 0
+        self.rows = self.coefficients.to(x.device).unbind(0)
+        self.labels = 999 * torch.linspace(1, T_MIN, STEPS, device=x.device)
 
     @property
     def left(self) -> int:

@@ -1,0 +1,42 @@
+"""Builds the checkout in place, without a network, and says what came of it.
+
+python -m benchmarks.gpu.build PART [--dry-run]
+
+No pip: `setup.py build_ext --inplace` needs setuptools, ninja and the compilers only. A dry run
+does not compile: it checks that the command line is understood.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.gpu.files import write_json
+
+COMMAND = [sys.executable, "setup.py", "build_ext", "--inplace"]
+DOCTOR = [sys.executable, "-c", "import sbm_fast; print(sbm_fast.doctor())"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("part", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    arguments = parser.parse_args()
+    command = [*COMMAND, "--help"] if arguments.dry_run else COMMAND
+    part: dict[str, object] = {"command": shlex.join(command), "compiled": not arguments.dry_run}
+    write_json(arguments.part, part)
+    begin = time.perf_counter()
+    done = subprocess.run(command)
+    part["build_seconds"] = round(time.perf_counter() - begin, 1)
+    write_json(arguments.part, part)
+    report = subprocess.run(DOCTOR, capture_output=True, text=True)
+    print(report.stdout + report.stderr, flush=True)
+    part["doctor"] = (report.stdout or report.stderr).strip().splitlines()
+    write_json(arguments.part, part)
+    sys.exit(done.returncode or report.returncode)
+
+
+if __name__ == "__main__":
+    main()

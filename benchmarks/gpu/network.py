@@ -1,0 +1,185 @@
+"""What the network costs in plain torch: the rates under it, and a DDPM++-size U-Net's forward.
+
+Nothing of ours is fused here yet; these are the figures that a network's acceleration starts from.
+cudnn.benchmark is on; TF32 is as torch has it by default (on for convolutions, off for products).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.gpu.checks import Errors
+from benchmarks.gpu.comparison import Comparison
+from benchmarks.gpu.context import Case, Context, Entries, Entry
+from benchmarks.gpu.timing import Timed, captured
+from sbm_fast.nn import UNet
+
+BATCHES = (256, 16, 1)
+DDPMPP = {
+    "channels": 128,
+    "channel_mult": (1, 2, 2, 2),
+    "blocks_per_level": 5,
+    "middle_blocks": 2,
+    "attention_levels": (1,),
+    "group_size": 4,
+}
+"""63.3 M parameters and 22.3 GFLOP a forward; score_sde's DDPM++ has 61.8 M and 21.7."""
+TINY = {"channels": 8, "channel_mult": (1, 2), "group_size": 4}
+CONVOLUTIONS = ((128, 32), (256, 16))
+"""Channels and side of DDPM++'s two dearest kinds."""
+NETWORK_BOUND = 0.05
+"""Relative error of a bfloat16 forward against float32."""
+
+
+def cases(context: Context) -> dict[str, Case]:
+    torch.backends.cudnn.benchmark = True
+    rates: dict[str, Case] = {"matrix product 8192³": matrix_product, "conv 3×3": convolutions}
+    return rates | {f"U-Net, batch {b}": partial(forward, batch=b) for b in BATCHES}
+
+
+def matrix_product(context: Context) -> Entries:
+    side = context.size(8192, 64)
+    a, b = (context.random((side, side), seed, torch.bfloat16) for seed in (1, 2))
+    out = torch.full_like(a, torch.nan)
+    comparison = Comparison(context, "events; bfloat16, random normals; torch.mm into a tensor")
+
+    def make() -> tuple[Timed, Errors]:
+        torch.mm(a, b, out=out)
+        part = slice(-64, None)
+        reference = a[part].double() @ b.double()
+        errors = {"relative": relative(out[part], reference)}
+        assert errors["relative"] < 0.01 and bool(out.isfinite().all()), errors
+        return Timed(lambda: torch.mm(a, b, out=out)), errors
+
+    comparison.add("bfloat16", make)
+    comparison.measure(20)
+    comparison.rate("bfloat16", 2.0 * side**3, "FLOP/s")
+    yield comparison.entry()
+
+
+def convolutions(context: Context) -> Entries:
+    batch = context.size(256, 1)
+    comparison = Comparison(
+        context, f"events; bfloat16 channels_last, batch {batch}, 10 in turn; random normals"
+    )
+    flop = {}
+    for channels, side in CONVOLUTIONS:
+        label = f"{channels} channels, {side}×{side}"
+        flop[label] = 2.0 * 9 * channels**2 * side**2 * batch
+        comparison.add(label, partial(convolution, context, channels, side, batch))
+    comparison.measure(20)
+    for label, amount in flop.items():
+        if label in comparison.summaries:
+            comparison.rate(label, amount, "FLOP/s")
+    yield comparison.entry()
+
+
+def convolution(context: Context, channels: int, side: int, batch: int) -> tuple[Timed, Errors]:
+    last = torch.channels_last
+    x = context.random((batch, channels, side, side), 1, torch.bfloat16).to(memory_format=last)
+    weight = context.random((channels, channels, 3, 3), 2, torch.bfloat16) / (3 * channels**0.5)
+    weight = weight.to(memory_format=last)
+
+    def run() -> None:
+        for _ in range(context.size(10, 1)):
+            nn.functional.conv2d(x, weight, padding=1)
+
+    with torch.no_grad():
+        out = nn.functional.conv2d(x[-1:], weight, padding=1)
+        reference = nn.functional.conv2d(x[-1:].double(), weight.double(), padding=1)
+    errors = {"relative": relative(out, reference)}
+    assert errors["relative"] < 0.01, errors
+    return Timed(run, context.size(10, 1)), errors
+
+
+def unet(context: Context) -> UNet:
+    """Random weights; those that a new network has at zero are made random too."""
+    torch.manual_seed(0)
+    network = UNet(3, **context.size(DDPMPP, TINY)).to(context.device).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    return network.requires_grad_(False)
+
+
+class Forward:
+    """A batch and the networks that see it, with float32's output as the reference."""
+
+    def __init__(self, context: Context, batch: int) -> None:
+        self.context = context
+        side = context.size(32, 8)
+        x = context.random((context.size(batch, 1), 3, side, side), 3)
+        self.x = x.to(memory_format=torch.channels_last)
+        self.time = torch.linspace(1, 999, len(x), device=context.device)
+        self.network = unet(context)
+        self.half = unet(context).to(torch.bfloat16)
+        with torch.no_grad():
+            self.exact = self.network(self.x, self.time)
+        self.flop = self.count() if context.on_gpu else 1.0  # the counter's imports take seconds
+
+    def count(self) -> float:
+        """Floating-point operations of one forward."""
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.network(self.x, self.time)
+        return float(counter.get_total_flops())
+
+    def case(
+        self,
+        network: Callable[[Tensor, Tensor], Tensor],
+        dtype: torch.dtype,
+        graph: bool = False,
+    ) -> tuple[Timed, Errors]:
+        """The forward of `network` on the batch in `dtype`, once it gives what float32 gives."""
+        x, times = self.x.to(dtype), self.context.size(3, 1)
+
+        @torch.no_grad()
+        def once() -> Tensor:
+            return network(x, self.time)
+
+        def run() -> None:
+            for _ in range(times):
+                once()
+
+        errors = {"relative to float32": relative(once(), self.exact)}
+        assert errors["relative to float32"] <= NETWORK_BOUND, errors
+        return Timed(captured(run, self.context) if graph else run, times), errors
+
+    def entry(self, comparison: Comparison) -> Entry:
+        for label in comparison.summaries:
+            comparison.rate(label, self.flop, "FLOP/s")
+            per_image = comparison.summaries[label].median / len(self.x)
+            comparison.note(label, seconds_per_image=per_image)
+        return comparison.entry()
+
+    def comparison(self, method: str) -> Comparison:
+        return Comparison(
+            self.context,
+            method,
+            name="U-Net forward",
+            shape=tuple(self.x.shape),
+            parameters=self.network.num_parameters(),
+            flop=self.flop,
+        )
+
+
+def forward(context: Context, batch: int) -> Entries:
+    case = Forward(context, batch)
+    comparison = case.comparison(
+        "events; channels_last, random weights, cudnn.benchmark; 3 forwards in turn, per forward"
+    )
+    float32, half = torch.float32, torch.bfloat16
+    comparison.add("eager, bfloat16", lambda: case.case(case.half, half))
+    comparison.add("eager, float32", lambda: case.case(case.network, float32))
+    comparison.add("eager, bfloat16, CUDA graph", lambda: case.case(case.half, half, graph=True))
+    comparison.measure(15, seconds=5.0)
+    yield case.entry(comparison)
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    """‖value − reference‖ / ‖reference‖; NaN is never small."""
+    reference = reference.double()
+    return float((value.double() - reference).norm() / reference.norm())

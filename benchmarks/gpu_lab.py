@@ -1,0 +1,100 @@
+"""Builds, tests and measures on an offline machine with an NVIDIA GPU, in one command.
+
+    python benchmarks/gpu_lab.py --out FOLDER            (or python -m benchmarks.gpu_lab)
+    python benchmarks/gpu_lab.py --out FOLDER --dry-run  all of it on a CPU in tiny sizes
+    python benchmarks/gpu_lab.py --readme                README's table from the kept record
+
+FOLDER gets lab.json (everything), table.txt (the same for people, printed at the end), build.log,
+tests.log and lab.log (what the other phases printed). It takes at most 8 minutes, begins with what
+matters most, and lab.json is rewritten as it goes, so a run cut short leaves its part. The GPU's
+settings are read, never changed. To keep a run: copy its lab.json to benchmarks/results/gpu.json.
+"""
+
+import argparse
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":  # started as a file: benchmarks/ is on the path, its parent is not
+    sys.path[0] = str(ROOT)
+
+from benchmarks.gpu.files import write_whole  # noqa: E402
+from benchmarks.gpu.phases import MOST, all_phases  # noqa: E402
+from benchmarks.gpu.runner import Runner  # noqa: E402
+from benchmarks.gpu.table import table  # noqa: E402
+
+SECONDS = 465.0
+"""Eight minutes, less the start and the end of this process."""
+
+
+def header(dry_run: bool) -> dict[str, Any]:
+    """What the record begins with."""
+    return {
+        "dry_run": dry_run,
+        "command": shlex.join(["python", "benchmarks/gpu_lab.py", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "system": platform.platform(),
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """This checkout's, with "+" where tracked files differ from it; "unknown" without git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head, changed = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + "+" * bool(changed.strip())
+
+
+def laboratory(folder: Path, dry_run: bool, seconds: float, only: list[str] | None) -> int:
+    """Runs it; the number of phases that were not done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in ("lab.json", "table.txt", "build.log", "tests.log", "lab.log"):
+        (folder / old).unlink(missing_ok=True)
+    phases = [p for p in all_phases(dry_run) if only is None or p.name in only]
+    runner = Runner(folder, seconds, environment={"OMP_NUM_THREADS": "1"} if dry_run else {})
+    try:
+        runner.run(phases, header(dry_run))
+    finally:
+        text = table(runner.record)
+        write_whole(folder / "table.txt", text + "\n")
+        print(text, flush=True)
+    return sum(phase["status"] != "done" for phase in runner.record["phases"].values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="the folder for record, table and logs")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, in tiny sizes")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
+    parser.add_argument("--only", nargs="+", choices=list(MOST), help="these phases")
+    parser.add_argument("--readme", action="store_true", help="print README's table and end")
+    arguments = parser.parse_args()
+    if arguments.readme:
+        from benchmarks.gpu.readme import markdown  # imports torch
+
+        print(markdown())
+        return
+    if arguments.out is None:
+        parser.error("--out: expected a folder")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    out: Path = arguments.out.resolve()
+    missed = laboratory(out, arguments.dry_run, arguments.seconds, arguments.only)
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
