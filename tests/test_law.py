@@ -17,7 +17,7 @@ import sampling_cases as cases
 import torch
 from numpy.typing import NDArray
 
-from sbm_fast import VESDE, VPSDE, NCSNLadder, Sampler
+from sbm_fast import VESDE, VPSDE, DDPMSchedule, NCSNLadder, Sampler
 from sbm_fast.sde import SDE
 
 Array = NDArray[np.float64]
@@ -110,6 +110,12 @@ RUNS: dict[str, tuple[str, str, SDE, dict[str, Any]]] = {
     "pc VP plane": ("pc", "plane", VPSDE(), {"steps": 120}),
     "pc VE plane": ("pc", "plane", VESDE(0.01, 10.0), {"steps": 120}),
     "ald plane": ("ald", "plane", PLANE_LADDER, {"inner_steps": 4, **PLANE_STEP}),
+    "ddpm plane": (
+        "ddpm",
+        "plane",
+        DDPMSchedule.linear(),
+        {"steps": 100, "schedule": "quadratic", "variance": "beta_tilde"},
+    ),
     "em VP images": ("em", "images", VPSDE(), {"steps": 60, "schedule": "quadratic"}),
     "pc VP images": ("pc", "images", VPSDE(), {"steps": 130}),
     "pc VE images": ("pc", "images", VESDE(0.01, 20.0), {"steps": 80}),

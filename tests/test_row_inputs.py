@@ -13,6 +13,15 @@ import pytest
 import sampling_cases as cases
 import torch
 from numpy.typing import NDArray
+from test_law import (
+    WEIGHTS,
+    N,
+    directions,
+    energy_distance,
+    exact_sample,
+    law_violation,
+    mixture,
+)
 from torch import Tensor
 
 from sbm_fast import VPSDE, DDPMSchedule, DynamicThreshold, Sampler, ScoreModel, noise, sample
@@ -100,6 +109,19 @@ def test_limits_of_the_learned_variance(
     fixed = sample(model, DDPM, SHAPE, variance=variance, **options)
     close = 3e-6 if dtype == torch.float32 else 1e-13
     torch.testing.assert_close(learned, fixed, rtol=close, atol=close)
+
+
+def test_the_mixture_is_reached_with_a_learned_variance() -> None:
+    """With v anywhere between its bounds, a different one for each element; bounds of test_law."""
+    means, std, shape = mixture("plane")
+    sde = DDPMSchedule.linear()
+    exact = cases.score_of_mixture(means, std, sde, WEIGHTS).net
+    model = doubled(exact, predicts="score", time="t", sde=sde)
+    pairs = [(exact_sample("plane", 2 * i), exact_sample("plane", 2 * i + 1)) for i in range(4)]
+    v = directions("plane")
+    null = {"plane": float(np.mean([energy_distance(a @ v, b @ v) for a, b in pairs]))}
+    x = sample(model, sde, (N, *shape), method="ddpm", steps=120, schedule="quadratic", seed=12)
+    assert law_violation("plane", x.double().numpy(), null) == ""
 
 
 def test_other_methods_read_the_first_half() -> None:
