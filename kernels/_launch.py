@@ -1,0 +1,176 @@
+"""What every launch needs on the host: the configuration, layouts, and checks of the arguments.
+
+Errors are RuntimeErrors with the words of the compiled ops (csrc/bindings_*).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+View = tuple[Any, ...]  # (tensor, strides or None)
+
+TILE = 1024  # elements of a program, and of a block of the reduction
+ON_CHIP = 4096  # elements of a sample that one program can hold
+SMALLEST = 128
+MAX_DIMS = 8
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FIELDS, TAIL, H0, MAX_REGISTERS = 4, 9, 4, 8
+
+
+def configuration(numel: int, largest: int = TILE) -> dict[str, Any]:
+    """BLOCK and warps by the sample's size: eight elements a thread, four for tiny samples."""
+    block = min(max(SMALLEST, 1 << (numel - 1).bit_length()), largest)
+    return {"BLOCK": block, "num_warps": max(1, block // 256)}
+
+
+def launch(kernel: Any, programs: int, on: Tensor, *arguments: object, **options: object) -> None:
+    """Runs a kernel on the tensor's device, on torch's current stream.
+
+    The compiler may not fuse a·b + c: where one rounding is meant, the kernels say so.
+    """
+    with torch.cuda.device_of(on):
+        kernel[(programs,)](*arguments, enable_fp_fusion=False, **options)
+
+
+def views(
+    shape: Sequence[int], **tensors: tuple[Tensor, Sequence[int]] | None
+) -> tuple[tuple[int, ...] | None, dict[str, View | None]]:
+    """Sizes of the merged dimensions but the first, and each tensor as (tensor, strides).
+
+    Given are tensors with their strides over `shape`. One that lies in C order gets None for its
+    strides; the others are cut together, into as few dimensions as all of them allow.
+    """
+    dense = list(_dense_strides(shape))
+    apart = {}
+    for name, given in tensors.items():
+        if given is not None and not _alike(given[1], dense, shape):
+            apart[name] = given[1]
+    dims: list[int] = []
+    sizes: list[int] = []
+    for d in range(1, len(shape)):
+        if shape[d] == 1:
+            continue
+        if dims and all(s[dims[-1]] == shape[d] * s[d] for s in apart.values()):
+            dims[-1] = d
+            sizes[-1] *= shape[d]
+        else:
+            dims.append(d)
+            sizes.append(shape[d])
+    if apart and len(dims) > MAX_DIMS:
+        raise RuntimeError(
+            f"{', '.join(apart)}: too many dimensions: {len(dims)} after merging, at most "
+            f"{MAX_DIMS} are supported"
+        )
+    found: dict[str, View | None] = {}
+    for name, given in tensors.items():
+        if given is None:
+            found[name] = None
+        elif name in apart:
+            found[name] = (given[0], (given[1][0], *(given[1][d] for d in dims)))
+        else:
+            found[name] = (given[0], None)
+    return tuple(sizes[1:]) if apart and len(sizes) > 1 else None, found
+
+
+def _dense_strides(shape: Sequence[int]) -> Sequence[int]:
+    strides, size = [1] * len(shape), 1
+    for d in range(len(shape) - 1, -1, -1):
+        strides[d] = size
+        size *= shape[d]
+    return strides
+
+
+def _alike(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> bool:
+    return all(p == q or size == 1 for p, q, size in zip(a, b, shape, strict=True))
+
+
+def is_wide(numel: int) -> bool:
+    """Whether an index inside a sample needs 64 bits."""
+    return numel >= 2**31 - ON_CHIP
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def samples(t: Tensor, name: str) -> int:
+    require(t.dim() >= 1, f"{name}: expected [samples, …], got a scalar")
+    return t.shape[0]
+
+
+def vector(t: Tensor | None, like: Tensor, dtype: torch.dtype, name: str) -> Tensor | None:
+    """A contiguous vector of one value a sample, on the device of `like`."""
+    if t is None:
+        return None
+    batch = like.shape[0]
+    ok = t.dtype == dtype and t.dim() == 1 and t.shape[0] == batch and t.device == like.device
+    require(ok, f"{name}: expected a vector of {batch} samples in the op's dtype on {like.device}")
+    require(batch <= 1 or t.stride(0) == 1, f"{name}: expected a contiguous vector")
+    return t
+
+
+def like_state(t: Tensor | None, x: Tensor, name: str) -> tuple[Tensor, Sequence[int]] | None:
+    """A tensor of the shape of x with its strides."""
+    if t is None:
+        return None
+    require(t.shape == x.shape, f"{name}: expected the shape of x")
+    require(t.dtype in FLOATS, f"{name}: expected float32, float64, bfloat16 or float16")
+    require(t.device == x.device, f"{name}: expected a tensor on {x.device}")
+    return t, t.stride()
+
+
+def check_state(x: Tensor) -> None:
+    samples(x, "x")
+    ok = x.dtype in (torch.float32, torch.float64)
+    require(ok, "x: expected a float32 or float64 state")
+
+
+def check_row(
+    x: Tensor, network: Tensor | None, uncond: Tensor | None, guidance: Tensor | None,
+    keys: Tensor, row: Tensor, coef: Tensor, field: Tensor,
+) -> int:  # fmt: skip
+    """Checks what both ops of a row read; returns how many registers the plan has."""
+    for name, f in (("network", network), ("uncond", uncond)):
+        check_alias(f, x, name, "the state x")
+    vector(guidance, x, x.dtype, "guidance")
+    given = guidance is not None and network is not None
+    require(uncond is None or given, "uncond: needs network and guidance")
+    vector(keys, x, torch.int64, "keys")
+    batch = x.shape[0]
+    ok = row.dtype == torch.int32 and row.shape == (batch,) and row.device == x.device
+    require(ok, f"row: expected a vector of {batch} samples in the op's dtype on {x.device}")
+    ok = coef.dim() == 3 and coef.shape[1] == 2 and coef.is_contiguous() and coef.dtype == x.dtype
+    ok = ok and coef.device == x.device
+    require(ok, "coef: expected a contiguous tensor [rows, 2, lanes] of x's dtype on its device")
+    ok = field.shape == (coef.shape[0], FIELDS) and field.is_contiguous()
+    ok = ok and field.dtype == torch.int32 and field.device == x.device
+    require(ok, "field: expected a contiguous int32 tensor [rows, 4] on x's device")
+    lanes = coef.shape[2]
+    registers = (lanes - TAIL) // 2 - H0
+    ok = 0 <= registers <= MAX_REGISTERS and lanes == 2 * (H0 + registers) + TAIL
+    require(ok, f"coef: no plan has {lanes} lanes")
+    return registers
+
+
+def check_alias(f: Tensor | None, to: Tensor | None, name: str, what: str) -> None:
+    """The network may hand back what it was given, but not another view of it.
+
+    The step writes `to` while it reads F, each in its own order of memory.
+    """
+    if f is None or to is None or to.numel() == 0:
+        return
+    if f.untyped_storage().data_ptr() != to.untyped_storage().data_ptr():
+        return
+    begin = to.data_ptr()
+    if f.data_ptr() == begin and f.dtype == to.dtype and _alike(f.stride(), to.stride(), to.shape):
+        return
+    last = sum((size - 1) * step for size, step in zip(to.shape, to.stride(), strict=True))
+    last_f = sum((size - 1) * step for size, step in zip(f.shape, f.stride(), strict=True))
+    end, end_f = begin + last * to.element_size(), f.data_ptr() + last_f * f.element_size()
+    require(
+        end_f < begin or f.data_ptr() > end,
+        f"{name}: is another view of {what}; return a tensor of its own",
+    )

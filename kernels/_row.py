@@ -1,0 +1,174 @@
+"""Device functions that the kernels share: where a tile's elements lie, and the packed row.
+
+The row's formulas and their order are those of csrc/row.h. A view is (tensor, strides), strides of
+(sample, merged dimensions …) or None where the tensor lies in C order; see `_launch.views`.
+"""
+
+import triton
+import triton.language as tl
+
+from ._philox import normals
+
+# Sources as a packed row stores them; sums take them in the order F, D, z, H_0 …, x.
+X, F, D, Z, H0 = (tl.constexpr(k) for k in range(5))
+# Lanes behind the two forms: see `sbm_fast.plan.TAIL_LANES`.
+P, Q, LIMIT, NEXT_SCALE, NEXT_LABEL, GUIDANCE, STEP_SCALE, SCORE_X, SCORE_F, TAIL = (
+    tl.constexpr(k) for k in range(10)
+)
+SLOT, STREAM, DRAW, NORM, FIELDS = (tl.constexpr(k) for k in range(5))
+BATCH_MEAN, SQRT_D = tl.constexpr(1), tl.constexpr(3)
+
+
+@triton.jit
+def tile_of(program, numel, sizes, tiles, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The tile of a program: (sample, first element, lanes, which of them exist, numel, sizes)."""
+    tile = program % tiles
+    if WIDE:
+        tile = tile.to(tl.int64)
+    start = tile * BLOCK
+    lane = tl.arange(0, BLOCK)
+    return (program // tiles).to(tl.int64), start, lane, lane < numel - start, numel, sizes
+
+
+@triton.jit
+def pointers(view, at):
+    """Where the tile's elements lie."""
+    base, strides = view[0], view[1]
+    b, start, lane = at[0], at[1], at[2]
+    if strides is None:
+        where = base + (b * at[4] + start) + lane
+    else:
+        sizes = at[5]
+        DIMS: tl.constexpr = len(strides) - 1
+        index = start + lane
+        offset = index.to(tl.int64) * 0 + b * strides[0]
+        for d in tl.static_range(DIMS):
+            if d < DIMS - 1:
+                position = index % sizes[DIMS - 2 - d]
+                index = index // sizes[DIMS - 2 - d]
+            else:
+                position = index
+            offset = offset + position.to(tl.int64) * strides[DIMS - d]
+        where = base + offset
+    return where
+
+
+@triton.jit
+def read(view, at, gate, S: tl.constexpr):
+    """The tile in the state's type; zeros, unread, where the gate is shut."""
+    return tl.load(pointers(view, at), mask=at[3] & gate, other=0.0).to(S)
+
+
+@triton.jit
+def sources(lanes, FIRST: tl.constexpr, REGISTERS: tl.constexpr):
+    """Coefficients of the form that begins at lane FIRST, as (F, D, z, H_0 …, x)."""
+    c = (tl.load(lanes + FIRST + F), tl.load(lanes + FIRST + D), tl.load(lanes + FIRST + Z))
+    for k in tl.static_range(REGISTERS):
+        c = c + (tl.load(lanes + FIRST + H0 + k),)
+    return c + (tl.load(lanes + FIRST + X),)
+
+
+@triton.jit
+def combine(hi, lo, values):
+    """Σ (hi_k + lo_k)·v_k, the low parts first; a value whose coefficient is 0 does not count."""
+    total = tl.zeros_like(values[0])
+    for k in tl.static_range(len(values)):
+        total = tl.fma(lo[k], tl.where(hi[k] != 0, values[k], 0.0), total)
+    for k in tl.static_range(len(values)):
+        total = tl.fma(hi[k], tl.where(hi[k] != 0, values[k], 0.0), total)
+    return total
+
+
+@triton.jit
+def form(lanes, A: tl.constexpr, B: tl.constexpr, LANES: tl.constexpr, f, x):
+    """The form of F and x whose coefficients stand at lanes A and B."""
+    hi = (tl.load(lanes + B), tl.load(lanes + A))
+    lo = (tl.load(lanes + LANES + B), tl.load(lanes + LANES + A))
+    return combine(hi, lo, (f, x))
+
+
+@triton.jit
+def guided_network(network, uncond, guidance, factor, at, gate, S: tl.constexpr):
+    """F_u + w·(F_c − F_u) with w = 1 + factor·(guidance − 1), or F_c; NaN for a missing network."""
+    if network is None:
+        f = tl.where(at[3] & gate, float("nan"), 0.0).to(S)
+    else:
+        f = read(network, at, gate, S)
+        if uncond is not None:
+            u = read(uncond, at, gate, S)
+            w = tl.fma(tl.load(factor), tl.load(guidance + at[0]) - 1.0, 1.0)
+            f = tl.fma(w, f - u, u)
+    return f
+
+
+@triton.jit
+def row_noise(noise, keys, numbers, at, gate, S: tl.constexpr, BLOCK: tl.constexpr):
+    """The given noise, or normals of the sample's own draw and stream; zeros outside the tile."""
+    if noise is None:
+        z = tl.zeros([BLOCK], S)
+        if gate:
+            stream, draw = tl.load(numbers + STREAM), tl.load(numbers + DRAW)
+            z = normals(tl.load(keys + at[0]), at[1], draw, stream, BLOCK).to(S)
+            z = tl.where(at[3], z, 0.0)
+    else:
+        z = read(noise, at, gate, S)
+    return z
+
+
+@triton.jit
+def root(v):
+    """IEEE square root."""
+    if v.dtype == tl.float32:
+        r = tl.sqrt_rn(v)
+    else:
+        r = tl.sqrt(v)
+    return r
+
+
+@triton.jit
+def divide(a, b):
+    """IEEE quotient."""
+    if a.dtype == tl.float32:
+        q = tl.div_rn(a, b)
+    else:
+        q = a / b
+    return q
+
+
+@triton.jit
+def halve(v, BLOCK: tl.constexpr):
+    """The sum over blocks of 1024 (or of a smaller BLOCK): w[i] += w[i + 512], 256, … 1.
+
+    Returns one sum a block. The order is fixed, which `tl.sum` over a block's length would not be.
+    """
+    WIDTH: tl.constexpr = min(BLOCK, 1024)
+    COUNT: tl.constexpr = BLOCK // WIDTH
+    w = v
+    for i in tl.static_range(1, 11):
+        if WIDTH >> i >= 1:
+            w = tl.sum(tl.reshape(w, (COUNT, 2, WIDTH >> i)), axis=1)
+    return tl.reshape(w, (COUNT,))
+
+
+@triton.jit
+def neighbours(v, COUNT: tl.constexpr):
+    """The sum by the tree of neighbours. Zeros behind the values are an odd tail passed on."""
+    w = v
+    for i in tl.static_range(1, 13):
+        if COUNT >> i >= 1:
+            w = tl.sum(tl.reshape(w, (COUNT >> i, 2)), axis=1)
+    return tl.sum(w, axis=0)
+
+
+@triton.jit
+def sum_squares(v, BLOCK: tl.constexpr):
+    """Σ v² of a whole sample, by the fixed tree."""
+    return neighbours(halve(v * v, BLOCK), BLOCK // min(BLOCK, 1024))
+
+
+@triton.jit
+def step_size(scale, norm, noise_norm, score_norm, numel, S: tl.constexpr):
+    """ε = scale·(‖z‖/‖s‖)², 0 where the score vanishes; ‖z‖ is √numel at a row `sqrt_d`."""
+    above = tl.where(norm == SQRT_D, root(tl.cast(numel, S)), noise_norm)
+    ratio = divide(above, score_norm)
+    return tl.where(score_norm == 0.0, 0.0, scale * ratio * ratio)
