@@ -17,7 +17,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What a network may take and give."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Memory:
     """The tensors of a run over B samples; S is the state's dtype.
 
@@ -81,7 +81,7 @@ class Memory:
             held.copy_(state[name])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowStep:
     """A row as a function of device tensors only: network, row inputs, update, on to the next row.
 
@@ -148,8 +148,8 @@ def _versions(*tensors: Tensor) -> tuple[int, ...]:
 def check_outputs(outputs: Sequence[object], inputs: Tensor, row_inputs: RowInputs | None) -> None:
     """ValueError naming `model` unless these are one or two outputs that the step can read."""
     shape = tuple(inputs.shape if row_inputs is None else row_inputs.output_shape)
-    places = [_checked_output(out, inputs, shape).data_ptr() for out in outputs]
-    if len(places) > 1 and places[0] == places[1]:
+    checked = [_checked_output(out, inputs, shape) for out in outputs]
+    if len(checked) == 2 and checked[0].data_ptr() == checked[1].data_ptr():
         raise ValueError(
             "model: both outputs under guidance are the same memory; return a new tensor from "
             "every call"
