@@ -27,7 +27,7 @@ from torch import Tensor
 from sbm_fast import VPSDE, DDPMSchedule, DynamicThreshold, Sampler, ScoreModel, noise, sample
 from sbm_fast.backend import choose_backend
 from sbm_fast.methods import make_plan
-from sbm_fast.model import Match
+from sbm_fast.model import Match, as_score_model
 from sbm_fast.ops import affine_step
 from sbm_fast.row_inputs import RowInputs
 
@@ -419,3 +419,28 @@ def test_nothing_is_read_back() -> None:
     f, f_u, w, z = inputs.inputs(x, network, uncond, weight, keys, row, None)
     assert f is not None and z is not None and f_u is w is None
     assert f.shape == z.shape == x.shape and f.device == x.device
+
+
+def test_it_is_one_graph_of_tensors() -> None:
+    """torch.compile(fullgraph=True) traces it without a break, to the same bits."""
+    model, x, keys = doubled(), hook(6, SHAPE)(0, 0), noise.keys(0, 5)
+    plan = make_plan("ddpm", model, DDPM, steps=6, clip_denoised=DynamicThreshold(0.7, 0.2))
+    inputs = RowInputs.of(plan, model, affine_step.affine_step_, x)
+    assert inputs is not None
+    out = model.net(x, torch.zeros(5, dtype=x.dtype))
+    given = (x, out, out + 0.1, torch.full((5,), 2.0, dtype=x.dtype), keys)
+    compiled = torch.compile(inputs.inputs, fullgraph=True, backend="aot_eager")
+    for row in (1, 3):
+        rows = torch.full((5,), row, dtype=torch.int32)
+        plain, traced = inputs.inputs(*given, rows, None), compiled(*given, rows, None)
+        for i in (0, 3):
+            assert plain[i] is not None and torch.equal(plain[i], traced[i])
+
+
+def test_a_network_that_knows_its_variance_is_wrapped_with_it() -> None:
+    class Knows(torch.nn.Module):
+        predicts, time, variance = "eps", "index", "learned_range"
+
+    model = as_score_model(Knows(), DDPM)
+    assert model.variance == "learned_range" and "variance='learned_range'" in repr(model)
+    assert "variance" not in repr(ScoreModel(cases.network))
