@@ -20,14 +20,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # started as a file: benchmarks/ is on the path, its parent is not
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.gpu.files import write_whole  # noqa: E402
-from benchmarks.gpu.phases import MOST, all_phases  # noqa: E402
-from benchmarks.gpu.runner import Runner  # noqa: E402
-from benchmarks.gpu.table import table  # noqa: E402
+from benchmarks.gpu.files import write_whole
+from benchmarks.gpu.phases import MOST, all_phases
+from benchmarks.gpu.runner import ROOT, Runner
+from benchmarks.gpu.table import table
 
 SECONDS = 465.0
 """Eight minutes, less the start and the end of this process."""
@@ -57,6 +56,19 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.strip() + "+" * bool(changed.strip())
+
+
+def why_no_gpu() -> str:
+    """Empty where the driver finds a device. Asked in a process of its own."""
+    code = """
+import ctypes
+cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+result = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+assert result == 0, f"cuInit or cuDeviceGetCount gave error {result}"
+assert count.value, "the driver finds no device"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
 
 
 def laboratory(folder: Path, dry_run: bool, seconds: float, only: list[str] | None) -> int:
@@ -90,6 +102,8 @@ def main() -> None:
         return
     if arguments.out is None:
         parser.error("--out: expected a folder")
+    if not arguments.dry_run and (reason := why_no_gpu()):
+        sys.exit(f"gpu_lab: needs an NVIDIA GPU ({reason}); --dry-run goes through it on a CPU")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     out: Path = arguments.out.resolve()
     missed = laboratory(out, arguments.dry_run, arguments.seconds, arguments.only)

@@ -18,11 +18,13 @@ LAUNCHES = 1000
 
 
 def cases(context: Context) -> dict[str, Case]:
-    return {"facts": facts, "copy": copy, "launch": launch, "torch.randn": randn}
+    """What was built is loaded last: should that crash, the rest was measured."""
+    own = {"facts": facts, "copy": copy, "launch": launch, "torch.randn": randn}
+    return {**own, "build": build}
 
 
 def facts(context: Context) -> Entries:
-    """Versions, machine and build."""
+    """Torch, the GPU and its tools."""
     entry: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda}
     if context.on_gpu:
         p = torch.cuda.get_device_properties(0)
@@ -31,17 +33,21 @@ def facts(context: Context) -> Entries:
             "capability": f"{p.major}.{p.minor}",
             "multiprocessors": p.multi_processor_count,
             "memory_bytes": p.total_memory,
-            "l2_bytes": p.L2_cache_size,
+            "l2_bytes": getattr(p, "L2_cache_size", None),
             "cudnn": torch.backends.cudnn.version(),
             **nvidia_smi("driver_version,pstate,persistence_mode"),
         }
     entry["nvcc"] = _nvcc()
     yield {"facts": entry}
+
+
+def build(context: Context) -> Entries:
+    """The host, and what of ours works on it."""
+    entry: dict[str, Any] = {"doctor": str(doctor()).splitlines()}
     try:
         entry["host"] = host.facts()
     except Exception as error:  # without the compiled part, or pytest-benchmark
         entry["host"] = {"cpu": platform.processor(), "unknown": describe(error)}
-        entry["doctor"] = str(doctor()).splitlines()
     yield {"facts": entry}
 
 

@@ -4,6 +4,7 @@ Nothing of ours is fused here yet; these are the figures that a network's accele
 cudnn.benchmark is on; TF32 is as torch has it by default (on for convolutions, off for products).
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -98,7 +99,8 @@ def convolution(context: Context, channels: int, side: int, batch: int) -> tuple
 def unet(context: Context) -> UNet:
     """Random weights; those that a new network has at zero are made random too."""
     torch.manual_seed(0)
-    network = UNet(3, **context.size(DDPMPP, TINY)).to(context.device).eval()
+    with context.device:
+        network = UNet(3, **context.size(DDPMPP, TINY)).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             if not parameter.any():
@@ -116,7 +118,7 @@ class Forward:
         self.x = x.to(memory_format=torch.channels_last)
         self.time = torch.linspace(1, 999, len(x), device=context.device)
         self.network = unet(context)
-        self.half = unet(context).to(torch.bfloat16)
+        self.half = copy.deepcopy(self.network).to(torch.bfloat16)
         with torch.no_grad():
             self.exact = self.network(self.x, self.time)
         self.flop = self.count() if context.on_gpu else 1.0  # the counter's imports take seconds

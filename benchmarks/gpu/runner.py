@@ -72,13 +72,22 @@ class Runner:
             command = [word.replace("{part}", str(part)) for word in phase.command]
             log.write(f"== {phase.name}: {' '.join(command)}\n".encode())
             log.flush()
-            process = self.start(command, log)
+            try:
+                process = self.start(command, log)
+            except OSError as error:
+                entry["status"] = f"failed: {error}"
+                return
             try:
                 status = self.wait(process, begin + limit, part, entry)
+            except BaseException:  # the laboratory itself is being ended
+                entry["status"] = "killed: with the laboratory"
+                self.keep()
+                raise
             finally:
                 self.end(process)
-        entry.update(read_json(part))
+        readable = take(part, entry)
         entry["status"] = status or _meaning(process.returncode)
+        entry["status"] += "" if readable else ", but its part cannot be read"
         entry["seconds"] = round(time.monotonic() - begin, 1)
         _say(f"{phase.name}: {entry['status']} after {entry['seconds']:.0f} s")
 
@@ -111,7 +120,7 @@ class Runner:
                 now = part.stat().st_mtime_ns if part.exists() else 0
                 if now != seen:
                     seen = now
-                    entry.update(read_json(part))
+                    take(part, entry)
                     self.keep()
         return "killed: its time was over"
 
@@ -123,6 +132,15 @@ class Runner:
                 process.wait(self.grace)
         _signal(process, signal.SIGKILL)
         process.wait()
+
+
+def take(part: Path, entry: dict[str, Any]) -> bool:
+    """Puts what a phase has written into its entry; False where it is no JSON."""
+    try:
+        entry.update(read_json(part))
+    except ValueError:
+        return False
+    return True
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:

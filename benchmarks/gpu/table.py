@@ -76,9 +76,10 @@ def _phase(phase: dict[str, Any]) -> Iterator[str]:
         for failure in phase["failed_tests"]:
             yield f"{failure['test']}: {failure['message']}"
         yield from (f"skipped {count}: {reason}" for reason, count in phase["skips"].items())
-    yield from phase.get("doctor", ())
     for name, entry in phase.get("entries", {}).items():
-        if "facts" not in entry:
+        if "facts" in entry:
+            yield from entry["facts"].get("doctor", ())
+        else:
             yield from _entry(name, entry)
     for name, reason in phase.get("failures", {}).items():
         yield f"{name}: FAILED, {reason}"

@@ -63,7 +63,11 @@ def main() -> None:
     parser.add_argument("part", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
-    context = Context.of(arguments.dry_run)
+    try:
+        context = Context.of(arguments.dry_run)
+    except RuntimeError as error:
+        write_json(arguments.part, {"failures": {"start": describe(error)}})
+        sys.exit(str(error))
     if context.dry_run:
         # The import of the compiler alone takes longer than the rest.
         torch.compile = lambda function, **options: function
