@@ -80,9 +80,11 @@ class CudaRecorder:
     def aside(self) -> Iterator[None]:
         stream = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(stream)
-        with torch.cuda.stream(self._stream):
-            yield
-        stream.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            stream.wait_stream(self._stream)
 
     def record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         torch.cuda.synchronize(self._device)
@@ -112,7 +114,7 @@ class CudaRecorder:
         which the next capture that succeeds ends.
         """
         CudaRecorder._invalid += (graph,)  # the pinned memory's allocator goes on pointing to it
-        with suppress(RuntimeError):
+        with suppress(Exception):  # a private function; it refuses where the turn has ended
             torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
         one, sound = torch.zeros(1, device=self._device), torch.cuda.CUDAGraph()
@@ -139,10 +141,10 @@ class NotCapturable(RuntimeError):
 
 
 class HostReads(TorchDispatchMode):
-    """Refuses ops by which the host reads a device's values, or copies values to it.
+    """Refuses ops by which the host reads a device's values, or copies its own there.
 
-    A capture would fail at the first and torch would need repair after it; the second would be
-    replayed from memory that is gone.
+    A capture would fail at them and torch would need repair after it, or, worse, they would be
+    replayed from memory that is gone (unpinned memory, before torch 2.12).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -161,6 +163,8 @@ class HostReads(TorchDispatchMode):
         here = any(tensor.device == self._device for tensor in given)
         if here and _depends_on_values(func, given):
             raise NotCapturable(f"it makes the host read a tensor's values ({func})")
+        if here and func is torch.ops.aten.lift_fresh.default:  # the last act of torch.tensor
+            raise NotCapturable(f"it makes a tensor on {self._device} out of Python numbers")
         out = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
             kinds = {tensor.device.type for tensor in (*given, out)}
@@ -317,11 +321,11 @@ class Capture:
         Raises: ValueError naming `cond`, `null_cond`, `model` or `cuda_graph`; RuntimeError when
         this thread is advancing another run of the same sampler.
         """
-        evaluates, norm = run.plan.evaluates.tolist(), (run.plan.norm != 0).tolist()
+        plan = run.plan
         with self._lent_to(run) as recording:
             for row in range(run.row, end):
-                if evaluates[row]:
-                    recording.graph(norm[row], self._recorder).replay()
+                if plan.evaluates[row]:
+                    recording.graph(bool(plan.norm[row]), self._recorder).replay()
                 else:
                     recording.step.start()
                 run.row = row + 1

@@ -105,6 +105,12 @@ class Run:
         self._label_dtype = torch.float64 if wide else torch.float32
         self._checked = self._running = False
         self._row_inputs = None if capture else self._make_row_inputs(x)
+        self._evaluates, self._step = plan.evaluates.tolist(), sampler.kernels.affine_step_
+        self._epsilons = [self.memory.epsilon] * plan.rows
+        if self.memory.workspace is not None:  # on a GPU: see `affine_step_`
+            workspace = {"workspace": self.memory.workspace, "coupled": table.coupled}
+            self._step = partial(self._step, **workspace)
+            self._epsilons = [self.memory.epsilon if norm else None for norm in plan.norm]
         self._needs_noise = ((plan.coef[:, :, Z] != 0).any(axis=1) | (plan.norm != 0)).tolist()
 
     def _make_row_inputs(self, x: Tensor) -> RowInputs | None:
@@ -196,11 +202,7 @@ class Run:
         guidance, registers, keys = m.guidance, m.registers, m.keys
         coef, field, row_numbers = table.coef, table.field, table.row_numbers
         cond, null_cond, row_inputs = self.cond, self.null_cond, self._row_inputs
-        evaluates, step = self.plan.evaluates.tolist(), self.kernels.affine_step_
-        epsilons = [m.epsilon] * len(evaluates)
-        if m.workspace is not None:  # a GPU: see `affine_step_`
-            step = partial(step, workspace=m.workspace, coupled=table.coupled)
-            epsilons = [m.epsilon if norm else None for norm in self.plan.norm.tolist()]
+        evaluates, epsilons, step = self._evaluates, self._epsilons, self._step
         counts = not x.is_inference()  # inference tensors have no version counter
         noise, cast = None, self._label_dtype if self._label_dtype != x.dtype else None
         for row in range(self.row, end):
