@@ -136,34 +136,50 @@ def divide(a, b):
 
 
 @triton.jit
-def halve(v, BLOCK: tl.constexpr):
-    """The sum over blocks of 1024 (or of a smaller BLOCK): w[i] += w[i + 512], 256, … 1.
+def halve(pairs, BLOCK: tl.constexpr):
+    """Sums of pairs [BLOCK, 2] over blocks of 1024 (or of a smaller BLOCK), as [blocks, 2].
 
-    Returns one sum a block. The order is fixed, which `tl.sum` over a block's length would not be.
+    w[i] += w[i + 512], 256, … 1: a fixed order, which one `tl.sum` over the block would not have.
     """
     WIDTH: tl.constexpr = min(BLOCK, 1024)
     COUNT: tl.constexpr = BLOCK // WIDTH
-    w = v
+    w = pairs
     for i in tl.static_range(1, 11):
         if WIDTH >> i >= 1:
-            w = tl.sum(tl.reshape(w, (COUNT, 2, WIDTH >> i)), axis=1)
-    return tl.reshape(w, (COUNT,))
+            w = tl.sum(tl.reshape(w, (COUNT, 2, WIDTH >> i, 2)), axis=1)
+    return tl.reshape(w, (COUNT, 2))
 
 
 @triton.jit
-def neighbours(v, COUNT: tl.constexpr):
-    """The sum by the tree of neighbours. Zeros behind the values are an odd tail passed on."""
-    w = v
-    for i in tl.static_range(1, 13):
+def neighbours(pairs, COUNT: tl.constexpr):
+    """The sum [2] of pairs [COUNT, 2] by the tree of neighbours, which begins with 0+1, 2+3, ….
+
+    Zeros behind the pairs are an odd tail that is passed on.
+    """
+    w = pairs
+    for i in tl.static_range(1, 11):
         if COUNT >> i >= 1:
-            w = tl.sum(tl.reshape(w, (COUNT >> i, 2)), axis=1)
-    return tl.sum(w, axis=0)
+            w = tl.sum(tl.reshape(w, (COUNT >> i, 2, 2)), axis=1)
+    return tl.reshape(w, (2,))
 
 
 @triton.jit
-def sum_squares(v, BLOCK: tl.constexpr):
-    """Σ v² of a whole sample, by the fixed tree."""
-    return neighbours(halve(v * v, BLOCK), BLOCK // min(BLOCK, 1024))
+def squares(s, z):
+    """(s², z²) [BLOCK, 2]: both norms are summed in one tree."""
+    return tl.join(s * s, z * z)
+
+
+@triton.jit
+def norms(sums):
+    """The roots of a pair of sums."""
+    first, second = tl.split(sums)
+    return root(first), root(second)
+
+
+@triton.jit
+def sample_norms(s, z, BLOCK: tl.constexpr):
+    """‖s‖ and ‖z‖ of a whole sample, by the fixed tree."""
+    return norms(neighbours(halve(squares(s, z), BLOCK), BLOCK // min(BLOCK, 1024)))
 
 
 @triton.jit

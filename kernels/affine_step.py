@@ -15,7 +15,7 @@ from . import _launch
 from ._row import (
     BATCH_MEAN, FIELDS, GUIDANCE, H0, LIMIT, NEXT_LABEL, NEXT_SCALE, NORM, P, Q, SCORE_F, SCORE_X,
     SLOT, STEP_SCALE, TAIL,
-    combine, form, guided_network, pointers, read, root, row_noise, sources, step_size, sum_squares,
+    combine, form, guided_network, pointers, read, row_noise, sample_norms, sources, step_size,
     tile_of,
 )  # fmt: skip
 from .langevin_epsilon import step_sizes
@@ -35,7 +35,7 @@ def own_epsilon(lanes, norm, f, x, z, numel, LANES: tl.constexpr, REST: tl.const
                 S: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """ε of a sample that this program holds; NaN where it would need the other samples."""
     s = form(lanes, REST + SCORE_X, REST + SCORE_F, LANES, f, x)
-    noise_norm, score_norm = root(sum_squares(z, BLOCK)), root(sum_squares(s, BLOCK))
+    score_norm, noise_norm = sample_norms(s, z, BLOCK)
     scale = tl.load(lanes + REST + STEP_SCALE)
     size = step_size(scale, norm, noise_norm, score_norm, numel, S)
     return tl.where(norm == BATCH_MEAN, float("nan"), size)

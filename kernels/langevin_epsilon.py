@@ -14,12 +14,12 @@ from torch import Tensor
 from . import _launch
 from ._row import (
     BATCH_MEAN, FIELDS, GUIDANCE, H0, NORM, SCORE_F, SCORE_X, STEP_SCALE, TAIL,
-    divide, form, guided_network, halve, neighbours, read, root, row_noise, step_size, sum_squares,
-    tile_of,
+    divide, form, guided_network, halve, neighbours, norms, read, row_noise, sample_norms, squares,
+    step_size, tile_of,
 )  # fmt: skip
 
-CHUNK = tl.constexpr(1024)  # values that a tree over memory takes at a time
-HEAD = tl.constexpr(4)  # the workspace: a ticket, norms of s and of z [B], sums of tiles [2, B, T]
+CHUNK = tl.constexpr(256)  # pairs that a tree over memory takes at a time
+HEAD = tl.constexpr(4)  # the workspace: a ticket, norms of s and z [B, 2], sums of tiles [B, T, 2]
 
 
 @triton.jit
@@ -54,25 +54,26 @@ def tile_squares(
             x, network, uncond, guidance, keys, noise, coef + r * (2 * LANES), numbers, at,
             REGISTERS, S, BLOCK,
         )  # fmt: skip
-        sums = workspace + HEAD + 2 * batch.to(tl.int64) + program
-        tl.store(sums, tl.sum(halve(s * s, BLOCK), axis=0))
-        tl.store(sums + batch.to(tl.int64) * tiles, tl.sum(halve(z * z, BLOCK), axis=0))
+        sums = workspace + HEAD + 2 * (batch.to(tl.int64) + program)
+        tl.store(sums + tl.arange(0, 2), tl.reshape(halve(squares(s, z), BLOCK), (2,)))
 
 
 @triton.jit
-def tree_in_place(values, count):
-    """Σ of `count` values by the tree of neighbours; uses their memory."""
+def tree_in_place(pairs, count):
+    """The sum [2] of `count` pairs by the tree of neighbours; uses their memory."""
+    two = tl.arange(0, 2)
     left = count
     while left > 1:
         chunks = (left + CHUNK - 1) // CHUNK
         for c in range(chunks):
-            i = c * CHUNK + tl.arange(0, CHUNK)
-            total = neighbours(tl.load(values + i, mask=i < left, other=0.0), CHUNK)
+            i = c * CHUNK + tl.arange(0, CHUNK)[:, None]
+            v = tl.load(pairs + 2 * i.to(tl.int64) + two[None, :], mask=i < left, other=0.0)
+            total = neighbours(v, CHUNK)
             tl.debug_barrier()
-            tl.store(values + c, total)
+            tl.store(pairs + 2 * c + two, total)
         tl.debug_barrier()
         left = chunks
-    return tl.load(values)
+    return tl.load(pairs + two)
 
 
 @triton.jit(do_not_specialize=["tiles", "batch", "rows", "row_stride"])
@@ -89,8 +90,7 @@ def sample_epsilon(
     r = tl.load(row + b * row_stride).to(tl.int64)
     numbers = field + r * FIELDS
     norm = tl.load(numbers + NORM, mask=(r >= 0) & (r < rows), other=0)
-    scores = workspace + HEAD
-    noises = scores + batch
+    kept = workspace + HEAD  # norms of the samples at batch_mean rows
     if norm != 0:
         lanes = coef + r * (2 * LANES)
         if ON_CHIP:
@@ -98,14 +98,13 @@ def sample_epsilon(
             s, z = score_and_noise(
                 x, network, uncond, guidance, keys, noise, lanes, numbers, at, REGISTERS, S, BLOCK
             )
-            score_norm, noise_norm = root(sum_squares(s, BLOCK)), root(sum_squares(z, BLOCK))
+            score_norm, noise_norm = sample_norms(s, z, BLOCK)
         else:
-            sums = noises + batch + b * tiles
-            score_norm = root(tree_in_place(sums, tiles))
-            noise_norm = root(tree_in_place(sums + batch.to(tl.int64) * tiles, tiles))
+            sums = kept + 2 * (batch.to(tl.int64) + b * tiles)
+            score_norm, noise_norm = norms(tree_in_place(sums, tiles))
         if norm == BATCH_MEAN:
-            tl.store(scores + b, score_norm)
-            tl.store(noises + b, noise_norm)
+            tl.store(kept + 2 * b, score_norm)
+            tl.store(kept + 2 * b + 1, noise_norm)
             tl.store(epsilon + b, tl.cast(float("nan"), S))
         else:
             scale = tl.load(lanes + 2 * (H0 + REGISTERS) + STEP_SCALE)
@@ -118,7 +117,7 @@ def sample_epsilon(
         if tl.atomic_add(ticket, 1, sem="acq_rel") == batch - 1:
             tl.store(ticket, 0)
             batch_epsilon(
-                epsilon, scores, noises, row, coef, field, numel, batch, rows, row_stride,
+                epsilon, kept, row, coef, field, numel, batch, rows, row_stride,
                 LANES, 2 * (H0 + REGISTERS) + STEP_SCALE, S,
             )  # fmt: skip
 
@@ -134,25 +133,25 @@ def at_batch_mean(c, row, field, batch, rows, row_stride):
 
 @triton.jit
 def batch_epsilon(
-    epsilon, scores, noises, row, coef, field, numel, batch, rows, row_stride,
+    epsilon, kept, row, coef, field, numel, batch, rows, row_stride,
     LANES: tl.constexpr, SCALE: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """ε of the samples at `batch_mean` rows: their norms moved together, averaged by the tree."""
+    two = tl.arange(0, 2)
     chunks = (batch + CHUNK - 1) // CHUNK
     count = 0
     for c in range(chunks):
         b, _, together = at_batch_mean(c, row, field, batch, rows, row_stride)
-        score, noise = tl.load(scores + b, mask=together), tl.load(noises + b, mask=together)
+        pairs = tl.load(kept + 2 * b[:, None] + two[None, :], mask=together[:, None])
         place = count + tl.cumsum(together.to(tl.int32), axis=0) - 1
         tl.debug_barrier()
-        tl.store(scores + place, score, mask=together)
-        tl.store(noises + place, noise, mask=together)
+        tl.store(kept + 2 * place[:, None] + two[None, :], pairs, mask=together[:, None])
         count += tl.sum(together.to(tl.int32), axis=0)
     tl.debug_barrier()
     if count > 0:
         n = count.to(S)
-        score_norm = divide(tree_in_place(scores, count), n)
-        noise_norm = divide(tree_in_place(noises, count), n)
+        score_sum, noise_sum = tl.split(tree_in_place(kept, count))
+        score_norm, noise_norm = divide(score_sum, n), divide(noise_sum, n)
         for c in range(chunks):
             b, r, together = at_batch_mean(c, row, field, batch, rows, row_stride)
             scale = tl.load(coef + r * (2 * LANES) + SCALE, mask=together, other=0.0)
