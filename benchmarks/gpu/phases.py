@@ -14,11 +14,11 @@ TITLES = {
     "network_compiled": "U-Net forward under torch.compile",
 }
 MOST = {
-    "build": 150,
+    "build": 180,
     "machine": 40,
     "conformance": 110,
-    "em": 70,
-    "pc": 80,
+    "em": 80,
+    "pc": 90,
     "noise": 30,
     "network": 60,
     "network_compiled": 150,
