@@ -5,6 +5,8 @@ is imported when the first of them is looked up.
 """
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 
 OPS = {
@@ -23,3 +25,14 @@ def __getattr__(name: str) -> Callable[..., None]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     op: Callable[..., None] = getattr(importlib.import_module(f"{__name__}.{OPS[name]}"), name)
     return op
+
+
+def interpreted() -> bool:
+    """Whether these kernels run in Triton's interpreter, which takes CPU tensors.
+
+    Triton decides when it compiles a function's definition, at the import of its module.
+    """
+    loaded = sys.modules.get(f"{__name__}.noise")
+    if loaded is not None:
+        return type(loaded.fill).__name__ == "InterpretedFunction"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -1,5 +1,6 @@
 """Which implementation of the ops a run uses."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ import torch
 from sbm_fast import _load
 from sbm_fast.doctor import backends
 from sbm_fast.ops import affine_step
+
+NAMES = ("auto", "cuda", "triton", "cpu", "eager")
 
 
 @dataclass(frozen=True)
@@ -18,27 +21,66 @@ class Kernels:
     affine_step_: Callable[..., None]
 
 
-_CPU = Kernels("cpu", affine_step.affine_step_)
-_EAGER = Kernels("eager", affine_step.reference)
+_warned = False
 
 
 def choose_backend(name: str, device: torch.device) -> Kernels:
     """The kernels for `backend=name` on a device; "auto" is the best one that works.
 
+    "auto" is on a CUDA device "cuda", or "triton" where no CUDA kernels were compiled; on a CPU
+    "cpu"; where these are off, and on other devices, "eager", with one warning that says why.
+
     Raises: ValueError for an unknown name, or one that is off here, with the reason.
     """
-    off = backends()
     if name == "auto":
-        if device.type == "cpu" and not off["cpu"]:
-            return _CPU
-        if device.type == "cpu":
-            _load.warn_if_missing()
-        return _EAGER
-    if name not in off:
-        raise ValueError(f"backend: expected one of {('auto', *off)}, got {name!r}")
-    reason = off[name]
-    if name == "cpu" and device.type != "cpu":
-        reason = f"the run is on {device}"
+        return kernels_of(best(device))
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {NAMES}, got {name!r}")
+    reason = backends()[name] or _elsewhere(name, device)
     if reason:
         raise ValueError(f"backend: {name!r} is off: {reason}")
-    return _CPU if name == "cpu" else _EAGER
+    return kernels_of(name)
+
+
+def best(device: torch.device) -> str:
+    """What "auto" means on a device; warns once when it is plain torch for want of kernels."""
+    if device.type == "cuda":
+        off = backends()
+        for name in ("cuda", "triton"):
+            if not off[name]:
+                return name
+        _warn_once(f"on {device}: cuda is off: {off['cuda']}; triton is off: {off['triton']}")
+    elif device.type == "cpu":
+        if _load.load():
+            return "cpu"
+        _load.warn_if_missing()
+    return "eager"
+
+
+def kernels_of(name: str) -> Kernels:
+    if name == "eager":
+        return Kernels(name, affine_step.reference)
+    if name == "triton":
+        from sbm_fast import kernels
+
+        return Kernels(name, kernels.affine_step_)
+    return Kernels(name, affine_step.affine_step_)
+
+
+def _elsewhere(name: str, device: torch.device) -> str:
+    """Why a backend that works on this machine does not on this device."""
+    if name == "triton" and device.type == "cpu":
+        from sbm_fast.kernels import interpreted
+
+        on_cpu = "there Triton runs only in its interpreter, with TRITON_INTERPRET=1 in the "
+        return "" if interpreted() else f"the run is on cpu; {on_cpu}environment"
+    wanted = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}.get(name, device.type)
+    return "" if device.type == wanted else f"the run is on {device}"
+
+
+def _warn_once(where: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        message = f"sbm_fast runs without kernels, on plain torch, {where}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -10,6 +10,7 @@ import torch
 
 import sbm_fast
 from sbm_fast import _load
+from sbm_fast.ops._library import cuda_compiled, triton_missing
 
 __all__ = ["Report", "backends", "doctor"]
 
@@ -62,12 +63,36 @@ class Report:
 def backends() -> dict[str, str]:
     """Each backend's reason for being off on this machine, empty for one that works."""
     _load.load()
-    return {
-        "cpu": _load.REASON,
-        "eager": "",
-        "cuda": "its kernels are not part of this version",
-        "triton": "its kernels are not part of this version",
-    }
+    return {"cpu": _load.REASON, "eager": "", "cuda": _cuda_off(), "triton": _triton_off()}
+
+
+def _cuda_off() -> str:
+    if not _load.COMPILED:
+        return _load.REASON
+    if not cuda_compiled():
+        return (
+            "the compiled part has no CUDA kernels: no nvcc was found when it was built, or "
+            "SBM_FAST_CUDA=0 was set"
+        )
+    return _no_device()
+
+
+def _triton_off() -> str:
+    from sbm_fast.kernels import interpreted  # found once the compiled part was looked for
+
+    missing = triton_missing()
+    if missing or interpreted():
+        return missing
+    device = _no_device()
+    return f"{device}, and TRITON_INTERPRET=1 is not set" if device else ""
+
+
+def _no_device() -> str:
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return f"this torch, {torch.__version__}, was built without CUDA"
+    return "torch finds no CUDA device"
 
 
 def doctor() -> Report:

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbm_fast import _load
+from sbm_fast.backend import choose_backend
 from sbm_fast.ops import noise as ops
-from sbm_fast.ops._library import use_compiled
+from sbm_fast.ops._library import has_kernels
 
 __all__ = ["DEQUANTISATION", "PRIOR", "PROBE", "TRAINING", "TRAINING_TIME", "TRAJECTORY"]
 __all__ += ["fresh_seed", "keys", "normal", "rademacher", "uniform"]
@@ -60,7 +60,7 @@ def keys(
     first_sample = _checked_int("first_sample", first_sample, 0, 2**63)
     out = torch.empty(n, dtype=torch.int64, device=device)
     signed = seed - 2**64 if seed >= 2**63 else seed
-    if use_compiled(out):
+    if has_kernels(out):
         ops.keys_(out, signed, first_sample)
     else:
         ops.keys_reference(out, signed, first_sample)
@@ -88,7 +88,7 @@ def normal(
         draw, stream: which noise of these samples, each in [0, 2³²).
         keys: int64 [samples], instead of seed and first_sample.
         dtype: torch.float32, or torch.float64, bfloat16 or float16 the values are converted to.
-        backend: "auto", "cpu" (compiled) or "eager" (plain torch, any device).
+        backend: "auto", "cuda", "triton", "cpu" or "eager" (plain torch, any device).
         out: a tensor of `shape` and one of these dtypes to fill, in any memory format in which no
             two elements share memory. It settles dtype and device.
 
@@ -205,14 +205,15 @@ def check_keys(sample_keys: Tensor, samples: int, seed: int | None, first_sample
 
 
 def _implementation(kind: str, out: Tensor, backend: str) -> Callable[..., None]:
-    if backend not in ("auto", "cpu", "eager"):
-        raise ValueError(f'backend: expected "auto", "cpu" or "eager", got {backend!r}')
-    if backend == "cpu" and not use_compiled(out):
-        why = _load.REASON or f"the tensor is on {out.device}"
-        raise ValueError(f'backend: "cpu" is not available here: {why}')
-    if backend == "eager" or not use_compiled(out):
-        return ops.REFERENCES[kind]
-    return ops.OPS[kind]
+    if backend == "auto":
+        return ops.OPS[kind] if has_kernels(out) else ops.REFERENCES[kind]
+    name = choose_backend(backend, out.device).name
+    if name == "triton":
+        from sbm_fast import kernels
+
+        op: Callable[..., None] = getattr(kernels, f"{kind}_")
+        return op
+    return ops.REFERENCES[kind] if name == "eager" else ops.OPS[kind]
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -1,7 +1,15 @@
-"""Makes the helper modules of these folders importable, whatever pytest's import mode."""
+"""Makes the helper modules of these folders importable, whatever pytest's import mode, and lets
+Triton's kernels run on the CPU where there is no GPU."""
 
+import os
 import sys
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "ops"), str(HERE / "statistics")]
+
+# Before anything imports Triton, which looks at it when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

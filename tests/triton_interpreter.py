@@ -1,6 +1,7 @@
 """Triton's interpreter, made exact where a GPU is, and faster. Import it before the kernels.
 
-`tl.fma` rounds twice there; here it rounds once, as on a GPU. And the language is patched once for
+There `tl.fma` rounds twice, float32 is cut off to become bfloat16 and bfloat16 loses its subnormals;
+here all of them are as on a GPU. And the language is patched once for
 each module of device functions, not at every call, which takes most of the time.
 """
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import triton.language as tl
 from triton.runtime import interpreter
 
 Array = NDArray[Any]
@@ -53,6 +55,26 @@ def _create_fma(self: object, x: Any, y: Any, z: Any) -> Any:
         return interpreter.TensorHandle(fma(x.data, y.data, z.data), z.dtype.scalar)
 
 
+def to_bfloat16(v: Array) -> Array:
+    """The bits of float32 values rounded to nearest, ties to even."""
+    bits = v.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(v), bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+_cast = interpreter.InterpreterBuilder.cast_impl
+
+
+def _cast_impl(self: object, source: Any, target: Any) -> Any:
+    types = source.dtype.scalar, target.scalar
+    if types == (tl.float32, tl.bfloat16):
+        return interpreter.TensorHandle(to_bfloat16(source.data), target.scalar)
+    if types == (tl.bfloat16, tl.float32):
+        wide = source.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(wide.view(np.float32), target.scalar)
+    return _cast(self, source, target)
+
+
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     module = self.fn.__module__
     if module not in _patched:  # ours see `tl`, which the launch itself has patched
@@ -64,4 +86,5 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 _patched = {"sbm_fast.kernels._philox", "sbm_fast.kernels._row"}
 _patched |= {"sbm_fast.kernels.affine_step", "sbm_fast.kernels.langevin_epsilon"}
 interpreter.InterpreterBuilder.create_fma = _create_fma
+interpreter.InterpreterBuilder.cast_impl = _cast_impl
 interpreter.InterpretedFunction.__call__ = _call

@@ -1,5 +1,7 @@
 """Registration of the ops: from the compiled part where it is there, else from Python."""
 
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -8,27 +10,65 @@ from sbm_fast import _load
 
 NAMESPACE = "sbm_fast"
 SCHEMAS: dict[str, str] = {}
+OLDEST_TRITON = (3, 6)
 
 _load.load()
 _library = torch.library.Library(NAMESPACE, "FRAGMENT" if _load.COMPILED else "DEF")
+
+
+def cuda_compiled() -> bool:
+    """Whether the compiled part has CUDA kernels."""
+    return _load.host is not None and bool(_load.host.build_info()["cuda"])
+
+
+def triton_missing() -> str:
+    """Why the Triton kernels cannot be imported; empty when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; to install it: pip install triton"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a build under another name
+        return ""
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"triton {version} is older than {oldest}; to mend it: pip install -U triton"
+    return ""
+
+
+# What serves the ops on CUDA tensors; "" when plain torch stands in.
+ON_CUDA = "cuda" if cuda_compiled() else "" if triton_missing() else "triton"
 
 
 def register(schema: str, reference: Callable[..., None]) -> torch._ops.OpOverload:
     """Makes `torch.ops.sbm_fast.<name>` available and returns its default overload.
 
     Compiled: the op and its CPU kernel are there already, and tests hold their schema against this
-    one. Not compiled: the op is defined here and runs its eager reference on every device. All ops
-    write into arguments and return nothing, so one fake serves them all.
+    one. Not compiled: the op is defined here and runs its eager reference on every device. Without
+    CUDA kernels, CUDA tensors go to the Triton kernel, or to the reference where Triton is missing.
+    All ops write into arguments and return nothing, so one fake serves them all.
     """
     name = schema.split("(", 1)[0]
     SCHEMAS[name] = f"{NAMESPACE}::{schema}"
     if not _load.COMPILED:
         _library.define(schema)
         _library.impl(name, reference, "CompositeExplicitAutograd")
+    if ON_CUDA != "cuda":
+        _library.impl(name, _triton_op(name) if ON_CUDA else reference, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def use_compiled(tensor: torch.Tensor) -> bool:
-    """Whether the compiled kernels serve this tensor's device."""
+def _triton_op(name: str) -> Callable[..., None]:
+    def op(*arguments: object) -> None:
+        from sbm_fast import kernels  # imports Triton at its first use
+
+        getattr(kernels, name)(*arguments)
+
+    return op
+
+
+def has_kernels(tensor: torch.Tensor) -> bool:
+    """Whether the registered ops run kernels, compiled or Triton, on this tensor's device."""
+    if tensor.device.type == "cuda":
+        return ON_CUDA != ""
     return _load.COMPILED and tensor.device.type == "cpu"

@@ -3,14 +3,13 @@
 from dataclasses import dataclass, field, replace
 
 import torch
+from op_backends import call
 from torch import Tensor
 
-from sbm_fast import _load, noise
-from sbm_fast.ops import affine_step
+from sbm_fast import noise
 from sbm_fast.plan import TAIL_LANES, D, F, X, Z
 
 NOISE_BOUND = 2e-6  # of the law, per unit of the coefficient on z
-BACKENDS = ("cpu", "eager") if _load.COMPILED else ("eager",)
 REGISTERS = 2
 WIDTH = 4 + REGISTERS
 ROWS = ("start", "plain", "clamped", "history", "batch_mean", "per_sample", "sqrt_d", "scale")
@@ -125,11 +124,10 @@ def run(case: Case, backend: str) -> dict[str, Tensor]:
         "first_bad": case.first_bad.clone(),
         "epsilon": torch.full((batch,), float("nan"), dtype=case.x.dtype),
     }
-    step = affine_step.affine_step_ if backend == "cpu" else affine_step.reference
-    step(
-        out["x"], case.network, case.uncond, case.guidance, out["registers"], case.keys, case.row,
-        case.coef, case.field, out["epsilon"], case.noise, out["net_input"], out["net_time"],
-        out["first_bad"],
+    call(
+        backend, "affine_step_", out["x"], case.network, case.uncond, case.guidance, out["registers"], case.keys,
+        case.row, case.coef, case.field, out["epsilon"], case.noise, out["net_input"],
+        out["net_time"], out["first_bad"],
     )  # fmt: skip
     return out
 

@@ -1,0 +1,89 @@
+"""Every implementation of the ops that runs here: the backends that the op tests compare."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sbm_fast import _load, kernels
+from sbm_fast.ops import affine_step, langevin_epsilon
+from sbm_fast.ops import noise as noise_ops
+from sbm_fast.ops._library import cuda_compiled, triton_missing
+
+GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`ops` has the ops by their names, with the signatures of torch.ops.sbm_fast."""
+
+    ops: Any
+    device: str = "cpu"
+    slow: bool = False
+    """Emulated: tests give it fewer shapes."""
+
+
+EAGER = SimpleNamespace(
+    affine_step_=affine_step.reference,
+    langevin_epsilon_=langevin_epsilon.reference,
+    keys_=noise_ops.keys_reference,
+    **{f"{kind}_": reference for kind, reference in noise_ops.REFERENCES.items()},
+)
+
+BACKENDS = {"eager": Backend(EAGER)}
+if _load.COMPILED:
+    BACKENDS["cpu"] = Backend(torch.ops.sbm_fast)
+if GPU and cuda_compiled():
+    BACKENDS["cuda"] = Backend(torch.ops.sbm_fast, "cuda")
+if not triton_missing():
+    if not GPU:
+        import triton_interpreter  # noqa: F401  # exact, and before the kernels
+    BACKENDS["triton"] = Backend(kernels, "cuda" if GPU else "cpu", slow=not GPU)
+
+each = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def over(names: str, values: Sequence[Any], few: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrises `backend` and `names`: slow backends with `few` of the values."""
+    cases = [
+        (backend, *(value if "," in names else (value,)))
+        for backend, properties in BACKENDS.items()
+        for value in (few if properties.slow else values)
+    ]
+    return pytest.mark.parametrize(f"backend,{names}", cases)
+
+
+def is_slow(backend: str) -> bool:
+    return BACKENDS[backend].slow
+
+
+def call(backend: str, op: str, *arguments: Any, **options: Any) -> None:
+    """Runs an op of a backend on CPU tensors.
+
+    On another device it works on copies of their whole memory, which come back: views stay views,
+    and what is written beside a tensor is seen.
+    """
+    chosen = BACKENDS[backend]
+    run = getattr(chosen.ops, op)
+    if chosen.device == "cpu":
+        run(*arguments, **options)
+        return
+    memory: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def there(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in memory:
+            memory[storage.data_ptr()] = storage, storage.to(device=torch.device(chosen.device))
+        copy = torch.empty(0, dtype=value.dtype, device=chosen.device)
+        where = memory[storage.data_ptr()][1]
+        return copy.set_(where, value.storage_offset(), value.size(), value.stride())
+
+    run(*map(there, arguments), **{name: there(value) for name, value in options.items()})
+    for here, copy in memory.values():
+        here.copy_(copy)
