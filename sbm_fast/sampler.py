@@ -19,7 +19,7 @@ from sbm_fast.arguments import (
 )
 from sbm_fast.backend import Kernels, choose_backend
 from sbm_fast.capture import Capture, CudaRecorder
-from sbm_fast.methods import DynamicThreshold, make_plan
+from sbm_fast.methods import FROM_DATA, DynamicThreshold, make_plan
 from sbm_fast.model import ScoreModel, as_score_model
 from sbm_fast.plan import NORMS, Plan, X
 from sbm_fast.run import NoiseHook, Run, Step, Table
@@ -125,8 +125,11 @@ class Sampler:
 
     @property
     def plan(self) -> Plan:
-        """The table that runs: the one given as method, else the one for no x_init."""
-        return self._table(self._own_plan is not None and _begins_given(self._own_plan)).plan
+        """The table that runs: the one given as method, else the one for no x_init (for one, where
+        the method starts from data)."""
+        own = self._own_plan
+        given = self._plan_arguments["method"] in FROM_DATA if own is None else _begins_given(own)
+        return self._table(given).plan
 
     def _table(self, given_start: bool) -> Table:
         if given_start not in self._tables:
@@ -339,8 +342,9 @@ def sample(
             `DDPMSchedule`, or score_sde's own objects).
         shape: of the result, batch included; None: (num_samples, *model.sample_shape).
         method: "em", "reverse_diffusion", "ancestral", "pc", "ald", "langevin", "ode", "ddpm",
-            "ddim", "edm"; its own options follow as keyword arguments (see `sbm_fast.methods`). Or
-            a `Plan` of your own (`sbm_fast.methods.PlanBuilder`, `Plan.load`).
+            "ddim", "ddim_inversion", "edm", "dpmpp_2m", "dpmpp_2m_sde"; its own options follow as
+            keyword arguments (see `sbm_fast.methods`). Or a `Plan` of your own
+            (`sbm_fast.methods.PlanBuilder`, `Plan.load`).
         steps: steps of the method's main recursion.
         seed: gives sample b the key of global index first_sample + b, so that the same sample
             comes out of any batch. None: drawn from torch's default generator.
@@ -348,7 +352,8 @@ def sample(
         cond: keyword arguments for the network.
         guidance: classifier-free guidance weight w, a number or [B]: F_u + w·(F_c − F_u); 1 is
             no guidance. Needs the model's null_cond.
-        x_init: the state at t_max in the SDE's own scale, instead of the prior.
+        x_init: the state at t_max in the SDE's own scale, instead of the prior. For
+            "ddim_inversion" the data: the state at t_min, which it carries up to t_max.
         t_max, t_min, schedule: where the trajectory runs (see `sbm_fast.schedule.time_grid`).
         denoise: "mean" drops the last noise, "tweedie" spends one more evaluation, False does
             neither, None is what the method's paper does.
@@ -360,7 +365,8 @@ def sample(
         dtype: of the state, torch.float32 or torch.float64.
         net_dtype: of the network's input; None: that of its parameters, else dtype.
         device: None: that of the model's parameters, else torch's default.
-        backend: "auto", "cpu" (compiled) or "eager" (plain torch); see `sbm_fast.doctor()`.
+        backend: "auto", "cuda" and "cpu" (compiled), "triton" or "eager" (plain torch, any
+            device); see `sbm_fast.doctor()`.
         cuda_graph: True records a row on its first use as a CUDA graph and replays it for every
             later one (see `Sampler`); "auto" and False do not.
         progress: show a progress bar.

@@ -42,7 +42,7 @@ METHODS: dict[str, Callable[..., Plan]] = {
 }
 """Name → function; the keyword arguments of the function are the method's options."""
 
-FROM_DATA = frozenset({"ddim_inversion"})
+FROM_DATA = ("ddim_inversion",)
 """Methods that start from data instead of noise: they cannot run without an x_init."""
 
 __all__ = [

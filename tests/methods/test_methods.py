@@ -25,7 +25,7 @@ from sbm_fast.plan import Plan
 from sbm_fast.schedule import time_grid
 from sbm_fast.sde import VESDE, VPSDE, DDPMSchedule
 
-FROM_NOISE = sorted(set(METHODS) - FROM_DATA)  # the others' starts: test_inversion.py
+FROM_NOISE = sorted(set(METHODS) - set(FROM_DATA))  # the others' starts: test_inversion.py
 
 
 def plan_of(method: str, name: str = "vp", predicts: str = "eps", **options: Any) -> Plan:
