@@ -118,21 +118,13 @@ def row_noise(noise, keys, numbers, at, gate, S: tl.constexpr, BLOCK: tl.constex
 @triton.jit
 def root(v):
     """IEEE square root."""
-    if v.dtype == tl.float32:
-        r = tl.sqrt_rn(v)
-    else:
-        r = tl.sqrt(v)
-    return r
+    return tl.sqrt_rn(v) if v.dtype == tl.float32 else tl.sqrt(v)
 
 
 @triton.jit
 def divide(a, b):
     """IEEE quotient."""
-    if a.dtype == tl.float32:
-        q = tl.div_rn(a, b)
-    else:
-        q = a / b
-    return q
+    return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
 
 
 @triton.jit

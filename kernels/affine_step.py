@@ -13,9 +13,30 @@ from torch import Tensor
 
 from . import _launch
 from ._row import (
-    BATCH_MEAN, FIELDS, GUIDANCE, H0, LIMIT, NEXT_LABEL, NEXT_SCALE, NORM, P, Q, SCORE_F, SCORE_X,
-    SLOT, STEP_SCALE, TAIL,
-    combine, form, guided_network, pointers, read, row_noise, sample_norms, sources, step_size,
+    BATCH_MEAN,
+    FIELDS,
+    GUIDANCE,
+    H0,
+    LIMIT,
+    NEXT_LABEL,
+    NEXT_SCALE,
+    NORM,
+    SCORE_F,
+    SCORE_X,
+    SLOT,
+    STEP_SCALE,
+    TAIL,
+    P,
+    Q,
+    combine,
+    form,
+    guided_network,
+    pointers,
+    read,
+    row_noise,
+    sample_norms,
+    sources,
+    step_size,
     tile_of,
 )  # fmt: skip
 from .langevin_epsilon import step_sizes

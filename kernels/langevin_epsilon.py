@@ -13,9 +13,27 @@ from torch import Tensor
 
 from . import _launch
 from ._row import (
-    BATCH_MEAN, FIELDS, GUIDANCE, H0, NORM, SCORE_F, SCORE_X, STEP_SCALE, TAIL,
-    divide, form, guided_network, halve, neighbours, norms, read, row_noise, sample_norms, squares,
-    step_size, tile_of,
+    BATCH_MEAN,
+    FIELDS,
+    GUIDANCE,
+    H0,
+    NORM,
+    SCORE_F,
+    SCORE_X,
+    STEP_SCALE,
+    TAIL,
+    divide,
+    form,
+    guided_network,
+    halve,
+    neighbours,
+    norms,
+    read,
+    row_noise,
+    sample_norms,
+    squares,
+    step_size,
+    tile_of,
 )  # fmt: skip
 
 CHUNK = tl.constexpr(256)  # pairs that a tree over memory takes at a time
@@ -149,7 +167,7 @@ def batch_epsilon(
         count += tl.sum(together.to(tl.int32), axis=0)
     tl.debug_barrier()
     if count > 0:
-        n = count.to(S)
+        n = tl.cast(count, S)
         score_sum, noise_sum = tl.split(tree_in_place(kept, count))
         score_norm, noise_norm = divide(score_sum, n), divide(noise_sum, n)
         for c in range(chunks):
@@ -183,9 +201,7 @@ def langevin_epsilon_(
         uncond=_launch.like_state(uncond, x, "uncond"),
         noise=_launch.like_state(noise, x, "noise"),
     )
-    step_sizes(
-        epsilon, x, found, sizes, guidance, keys, row, coef, field, registers, None, True
-    )
+    step_sizes(epsilon, x, found, sizes, guidance, keys, row, coef, field, registers, None, True)
 
 
 def step_sizes(

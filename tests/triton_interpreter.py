@@ -1,8 +1,8 @@
 """Triton's interpreter, made exact where a GPU is, and faster. Import it before the kernels.
 
-There `tl.fma` rounds twice, float32 is cut off to become bfloat16 and bfloat16 loses its subnormals;
-here all of them are as on a GPU. And the language is patched once for
-each module of device functions, not at every call, which takes most of the time.
+There `tl.fma` rounds twice, float32 is cut off to become bfloat16, and bfloat16 loses its
+subnormals; here they are as on a GPU. And the language is patched once for each module of device
+functions, not at every call, which takes most of the time.
 """
 
 import os

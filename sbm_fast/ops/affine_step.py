@@ -47,7 +47,6 @@ def workspace_for(x: Tensor) -> Tensor:
     return x.new_zeros(4 + 2 * batch * (1 + blocks))
 
 
-
 def reference(
     x: Tensor,
     network: Tensor | None,

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that need not be there and prints what they take, as JSON.
 
-Run as a script, outside the interpreter: `python tests/kernels/aot.py 80 90`.
+Run as a script, outside the interpreter: `python tests/kernels/aot.py 90 [names …]`.
 """
 
 import inspect
@@ -10,14 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import triton
+from sbm_fast.kernels import _launch, affine_step, langevin_epsilon, noise
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from sbm_fast.kernels import _launch, affine_step, langevin_epsilon, noise
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ALIGNED = "aligned "  # before a type: divisible by 16, as a launch finds out by itself
@@ -56,18 +56,13 @@ def measure(kernel: Any, given: Specification, warps: int, arch: int) -> dict[st
         Path(cubin.name).write_bytes(compiled.asm["cubin"])
         command = [TOOLS / "cuobjdump", "-res-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        command = [TOOLS / "nvdisasm", "-c", cubin.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {key: int(v) for key, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
     return found | {
         "shared": compiled.metadata.shared,
         "wide_loads": len(re.findall(r"ld\.global\.v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global\.v4\.b32", ptx)),
-        "half_loads": len(re.findall(r"ld\.global\.v(?:2\.b32|4\.b16)", ptx)),
-        "fused": len(re.findall(r"\bfma\.rn", ptx)),
         "converts": compiled.asm["ttgir"].count("ttg.convert_layout"),
-        "instructions": len(re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?!.*\bNOP\b)\S", sass)),
         "seconds": time.perf_counter() - begin,
     }
 
@@ -77,7 +72,10 @@ def pointer(dtype: str) -> str:
 
 
 def row_arguments(
-    state: str = "fp32", network: str | None = "fp32", numel: object = f"{ALIGNED}i32", **change: Any
+    state: str = "fp32",
+    network: str | None = "fp32",
+    numel: object = f"{ALIGNED}i32",
+    **change: Any,
 ) -> Specification:
     """What a launch for dense tensors passes."""
     f = None if network is None else (pointer(network), DENSE)
@@ -94,64 +92,56 @@ def row_arguments(
 
 
 def variants() -> dict[str, tuple[Any, Specification, int]]:
-    """Name → kernel, launch, warps. Those named `fast …` are the cases that speed is about."""
-    step, chip, tiny = affine_step.step, _launch.ON_CHIP, {"BLOCK": 128}
-    with_noise = {
+    """Name → kernel, launch, warps: every kernel and dtype, and every branch of their constants.
+
+    The cases that speed is about are called `fast …`.
+    """
+    step, tiny = affine_step.step, {"BLOCK": 128, "numel": 1}
+    fill = {
         "keys": pointer("i64"), "draw": "i32", "stream": "i32", "numel": f"{ALIGNED}i32",
         "sizes": None, "tiles": "i32", "KIND": "normal", "WIDE": False, "BLOCK": 1024,
     }  # fmt: skip
-    last = {"network": (pointer("bf16"), NCHW_IN_NHWC), "net_input": (pointer("bf16"), NCHW_IN_NHWC)}
-    both = {"uncond": (pointer("bf16"), DENSE), "guidance": pointer("fp32")}
+    bf16, last = (pointer("bf16"), DENSE), (pointer("bf16"), NCHW_IN_NHWC)
+    halves = ("seed_low", "seed_high", "first_low", "first_high")
+    of_keys = {"out": pointer("i64"), "count": "i32", "BLOCK": 256, **dict.fromkeys(halves, "i32")}
+    guided = {"uncond": bf16, "guidance": pointer("fp32")}
     held = {"registers": (pointer("fp32"), DENSE), "REGISTERS": 2}
-    own = {"ON_CHIP": True, "BLOCK": chip}
+    wide = {"numel": "i64", "WIDE": True}
+    own = {"ON_CHIP": True, "BLOCK": _launch.ON_CHIP}
+    given = {"noise": (pointer("fp32"), DENSE)}
+    strided = {"out": ("*bf16", ("i32", "i32", 1)), "sizes": ("i32",), "WIDE": True}
+
+    def row(*arguments: Any, **change: Any) -> Specification:
+        return row_arguments(*arguments, **change)
+
     found = {
-        "fast fill": (noise.fill, {"out": (pointer("fp32"), DENSE), **with_noise}, 4),
-        "fast fill bf16": (noise.fill, {"out": (pointer("bf16"), DENSE), **with_noise}, 4),
-        "fill strided": (
-            noise.fill,
-            {"out": ("*fp32", ("i32", "i32", 1)), **with_noise, "sizes": ("i32",), "WIDE": True},
-            4,
-        ),
-        "words tiny": (
-            noise.fill,
-            {"out": ("*i32", DENSE), **with_noise, "numel": 1, "KIND": "words", **tiny},
-            1,
-        ),
-        "keys": (
-            noise.sample_keys,
-            {"out": pointer("i64"), "BLOCK": 256}
-            | dict.fromkeys(("seed_low", "seed_high", "first_low", "first_high", "count"), "i32"),
-            4,
-        ),
-        "fast step": (step, row_arguments(), 4),
-        "fast step bf16": (step, row_arguments(network="bf16"), 4),
-        "fast step fp16": (step, row_arguments(network="fp16"), 4),
-        "step start": (step, row_arguments(network=None), 4),
-        "step fp64": (step, row_arguments("fp64"), 4),
-        "step guided": (step, row_arguments(network="bf16", **both), 4),
-        "step registers": (step, row_arguments(**held), 4),
-        "step channels_last": (step, row_arguments(sizes=("i32",)) | last, 4),
-        "step given noise": (step, row_arguments(noise=(pointer("fp32"), DENSE)), 4),
-        "step tiny": (step, row_arguments(numel=1, **tiny), 1),
-        "step wide": (step, row_arguments(numel="i64", WIDE=True), 4),
-        "step epsilon": (step, row_arguments(epsilon=pointer("fp32")), 4),
-        "step on chip": (step, row_arguments(epsilon=pointer("fp32"), **own), 16),
-        "step on chip fp64": (step, row_arguments("fp64", epsilon=pointer("fp64"), **own), 16),
-        "squares": (langevin_epsilon.tile_squares, row_arguments(), 4),
+        "fast fill": (noise.fill, fill | {"out": (pointer("fp32"), DENSE)}, 4),
+        "fill strided": (noise.fill, fill | strided | {"KIND": "uniform"}, 4),
+        "words tiny": (noise.fill, fill | tiny | {"out": ("*i32", DENSE), "KIND": "words"}, 1),
+        "keys": (noise.sample_keys, of_keys, 4),
+        "fast step": (step, row(), 4),
+        "fast step bf16": (step, row(network="bf16"), 4),
+        "step fp16 epsilon": (step, row(network="fp16", epsilon=pointer("fp32")), 4),
+        "step fp64": (step, row("fp64"), 4),
+        "step guided registers": (step, row(network="bf16", **guided, **held), 4),
+        "step channels_last": (step, row(sizes=("i32",), net_input=last) | {"network": last}, 4),
+        "step start tiny": (step, row(network=None, **tiny), 1),
+        "step wide given": (step, row(**wide, **given), 4),
     }
     for state in ("fp32", "fp64"):
-        arguments = row_arguments(state, epsilon=pointer(state))
+        of_epsilon = row(state, epsilon=pointer(state))
         kernel = langevin_epsilon.sample_epsilon
-        found[f"epsilon on chip {state}"] = (kernel, arguments | own, 16)
-        found[f"epsilon of tiles {state}"] = (kernel, arguments, 4)
+        found[f"step on chip {state}"] = (step, of_epsilon | own, 16)
+        found[f"squares {state}"] = (langevin_epsilon.tile_squares, row(state), 4)
+        found[f"epsilon on chip {state}"] = (kernel, of_epsilon | own, 16)
+        found[f"epsilon of tiles {state}"] = (kernel, of_epsilon | {"COUPLED": state == "fp32"}, 4)
     return found
 
 
-if __name__ == "__main__":
+def report(arch: int, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     chosen = variants()
-    report = {
-        f"{name} sm_{arch}": measure(*chosen[name], int(arch))
-        for name in chosen
-        for arch in sys.argv[1:]
-    }
-    print(json.dumps(report))
+    return {name: measure(*chosen[name], arch) for name in names or chosen}
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(int(sys.argv[1]), sys.argv[2:])))

@@ -125,9 +125,9 @@ def run(case: Case, backend: str) -> dict[str, Tensor]:
         "epsilon": torch.full((batch,), float("nan"), dtype=case.x.dtype),
     }
     call(
-        backend, "affine_step_", out["x"], case.network, case.uncond, case.guidance, out["registers"], case.keys,
-        case.row, case.coef, case.field, out["epsilon"], case.noise, out["net_input"],
-        out["net_time"], out["first_bad"],
+        backend, "affine_step_", out["x"], case.network, case.uncond, case.guidance,
+        out["registers"], case.keys, case.row, case.coef, case.field, out["epsilon"], case.noise,
+        out["net_input"], out["net_time"], out["first_bad"],
     )  # fmt: skip
     return out
 
