@@ -16,6 +16,12 @@ ON_CHIP = 4096  # elements of a sample that one program can hold
 SMALLEST = 128
 MAX_DIMS = 8
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# What is read one value at a time: neither its alignment nor a value of 1 makes another kernel.
+UNSPECIALISED = (
+    "keys", "row", "coef", "field", "guidance", "epsilon", "net_time", "first_bad", "draw",
+    "stream", "tiles", "batch", "rows", "row_stride",
+)  # fmt: skip
+ARITHMETIC = {"enable_fp_fusion": False}  # a·b + c rounds twice unless a kernel says tl.fma
 FIELDS, TAIL, H0, MAX_REGISTERS = 4, 9, 4, 8
 
 
@@ -26,12 +32,9 @@ def configuration(numel: int, largest: int = TILE) -> dict[str, Any]:
 
 
 def launch(kernel: Any, programs: int, on: Tensor, *arguments: object, **options: object) -> None:
-    """Runs a kernel on the tensor's device, on torch's current stream.
-
-    The compiler may not fuse a·b + c: where one rounding is meant, the kernels say so.
-    """
+    """Runs a kernel on the tensor's device, on torch's current stream."""
     with torch.cuda.device_of(on):
-        kernel[(programs,)](*arguments, enable_fp_fusion=False, **options)
+        kernel[(programs,)](*arguments, **ARITHMETIC, **options)
 
 
 def views(

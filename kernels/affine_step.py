@@ -111,7 +111,7 @@ def next_input(net_input, net_time, new, lanes, at, REST: tl.constexpr):
             tl.store(net_time + at[0], tl.load(lanes + REST + NEXT_LABEL), mask=at[1] == 0)
 
 
-@triton.jit(do_not_specialize=["tiles", "rows", "row_stride"])
+@triton.jit(do_not_specialize=_launch.UNSPECIALISED)
 def step(
     x, network, uncond, guidance, registers, keys, row, coef, field, epsilon, noise, net_input,
     net_time, first_bad, numel, sizes, tiles, rows, row_stride, slot_stride,

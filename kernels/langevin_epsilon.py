@@ -53,7 +53,7 @@ def score_and_noise(
     return s, row_noise(noise, keys, numbers, at, True, S, BLOCK)
 
 
-@triton.jit(do_not_specialize=["tiles", "batch", "rows", "row_stride"])
+@triton.jit(do_not_specialize=_launch.UNSPECIALISED)
 def tile_squares(
     workspace, x, network, uncond, guidance, keys, row, coef, field, noise,
     numel, sizes, tiles, batch, rows, row_stride,
@@ -94,7 +94,7 @@ def tree_in_place(pairs, count):
     return tl.load(pairs + two)
 
 
-@triton.jit(do_not_specialize=["tiles", "batch", "rows", "row_stride"])
+@triton.jit(do_not_specialize=_launch.UNSPECIALISED)
 def sample_epsilon(
     epsilon, workspace, x, network, uncond, guidance, keys, row, coef, field, noise,
     numel, sizes, tiles, batch, rows, row_stride,

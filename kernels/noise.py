@@ -12,7 +12,7 @@ from ._row import pointers, tile_of
 KEYS_BLOCK = 256
 
 
-@triton.jit(do_not_specialize=["draw", "stream", "tiles"])
+@triton.jit(do_not_specialize=_launch.UNSPECIALISED)
 def fill(
     out, keys, draw, stream, numel, sizes, tiles,
     KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,

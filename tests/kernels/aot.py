@@ -29,26 +29,27 @@ Specification = dict[str, Any]
 
 def source(kernel: Any, given: Specification) -> ASTSource:
     """A launch's signature: types by name, tuples of them, anything else a constant."""
+    names = list(inspect.signature(kernel.fn).parameters)
     signature, constants, attributes = {}, {}, {}
 
     def visit(value: Any, path: tuple[int, ...]) -> Any:
         if isinstance(value, tuple):
             return tuple(visit(v, (*path, i)) for i, v in enumerate(value))
         if isinstance(value, str) and re.fullmatch(rf"({ALIGNED})?(\*?[a-z]+\d+)", value):
-            if value.startswith(ALIGNED):
+            if value.startswith(ALIGNED) and names[path[0]] not in _launch.UNSPECIALISED:
                 attributes[path] = [["tt.divisibility", 16]]
             return value.removeprefix(ALIGNED)
         constants[path] = value
         return "constexpr"
 
-    for i, name in enumerate(inspect.signature(kernel.fn).parameters):
+    for i, name in enumerate(names):
         signature[name] = visit(given[name], (i,))
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def measure(kernel: Any, given: Specification, warps: int, arch: int) -> dict[str, Any]:
     begin = time.perf_counter()
-    options = {"num_warps": warps, "enable_fp_fusion": False}
+    options = {"num_warps": warps, **_launch.ARITHMETIC}
     compiled = triton.compile(
         source(kernel, given), target=GPUTarget("cuda", arch, 32), options=options
     )
@@ -62,6 +63,7 @@ def measure(kernel: Any, given: Specification, warps: int, arch: int) -> dict[st
         "shared": compiled.metadata.shared,
         "wide_loads": len(re.findall(r"ld\.global\.v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global\.v4\.b32", ptx)),
+        "fused": len(re.findall(r"\bfma\.rn", ptx)),
         "converts": compiled.asm["ttgir"].count("ttg.convert_layout"),
         "seconds": time.perf_counter() - begin,
     }

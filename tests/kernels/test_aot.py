@@ -57,3 +57,58 @@ def test_four_normals_of_a_call_meet_in_their_thread(
     _, variants = found
     for name in ("fast fill", "fast step"):
         assert variants[name]["converts"] == 0
+
+
+def test_only_what_is_spelled_out_is_fused(found: tuple[int, dict[str, dict[str, Any]]]) -> None:
+    """Box–Muller says `fma` 22 times for a pair: 2 in u, 11 in the log, 9 in the turn."""
+    _, variants = found
+    assert variants["fast fill"]["fused"] == 4 * 22  # eight elements a thread
+
+
+LAUNCHES = """
+import json
+from dataclasses import replace
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+import op_cases as cases
+from sbm_fast import kernels
+from sbm_fast.kernels import _launch, affine_step
+
+class Driver:  # as much of one as compiling needs
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+driver.set_active(Driver())
+_launch.launch = lambda kernel, programs, on, *arguments, **options: kernel.warmup(
+    *arguments, grid=(programs,), **_launch.ARITHMETIC, **options
+)
+counts = []
+def step(shape, row=None, **change):
+    case = cases.make(shape)
+    batch = shape[0]
+    given = {name: getattr(case, name) for name in (
+        "x", "network", "uncond", "guidance", "registers", "keys", "row", "coef", "field", "noise")}
+    given |= {"epsilon": None, "net_input": torch.zeros(shape), "net_time": torch.zeros(batch),
+              "first_bad": case.first_bad}
+    kernels.affine_step_(**given | change)
+    counts.append(sum(len(caches[0]) for caches in affine_step.step.device_caches.values()))
+step((4, 3, 32, 32))
+for shape in ((7, 3, 32, 32), (1, 3, 64, 64), (2, 4, 512, 256)):
+    step(shape)
+for row in torch.arange(5, dtype=torch.int32)[:, None].expand(5, 4):
+    step((4, 3, 32, 32), row=row)
+step((5, 4, 32, 32), keys=torch.zeros(6, dtype=torch.int64)[1:])
+last = torch.channels_last
+for shape in ((4, 3, 33, 35), (2, 3, 31, 37)):
+    step(shape, network=torch.zeros(shape).contiguous(memory_format=last))
+print(json.dumps(counts))
+"""
+
+
+def test_launches_share_their_kernels() -> None:
+    """Batches, image sizes and rows don't compile anew; another layout does, once."""
+    counts = json.loads(noise_cases.run_python(LAUNCHES, TRITON_INTERPRET="0"))
+    assert set(counts[:-2]) == {1}
+    assert counts[-2:] == [2, 2]
