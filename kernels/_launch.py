@@ -38,55 +38,42 @@ def launch(kernel: Any, programs: int, on: Tensor, *arguments: object, **options
 
 
 def views(
-    shape: Sequence[int], **tensors: tuple[Tensor, Sequence[int]] | None
-) -> tuple[tuple[int, ...] | None, dict[str, View | None]]:
+    shape: Sequence[int], **tensors: Tensor | None
+) -> tuple[tuple[int, ...], dict[str, View | None]]:
     """Sizes of the merged dimensions but the first, and each tensor as (tensor, strides).
 
-    Given are tensors with their strides over `shape`. One that lies in C order gets None for its
-    strides; the others are cut together, into as few dimensions as all of them allow.
+    A tensor that lies in C order gets None for its strides. The others, with theirs over (sample,
+    merged dimensions …), are cut together, into as few dimensions as all of them allow. Without
+    such dimensions the sizes are (1,): no kernel looks at them.
     """
-    dense = list(_dense_strides(shape))
-    apart = {}
-    for name, given in tensors.items():
-        if given is not None and not _alike(given[1], dense, shape):
-            apart[name] = given[1]
+    apart = {
+        name: t.stride() for name, t in tensors.items() if t is not None and not t.is_contiguous()
+    }
+    if not apart:
+        return (1,), {name: None if t is None else (t, None) for name, t in tensors.items()}
     dims: list[int] = []
     sizes: list[int] = []
     for d in range(1, len(shape)):
         if shape[d] == 1:
             continue
-        if dims and all(s[dims[-1]] == shape[d] * s[d] for s in apart.values()):
+        if dims and all(strides[dims[-1]] == shape[d] * strides[d] for strides in apart.values()):
             dims[-1] = d
             sizes[-1] *= shape[d]
         else:
             dims.append(d)
             sizes.append(shape[d])
-    if apart and len(dims) > MAX_DIMS:
-        raise RuntimeError(
-            f"{', '.join(apart)}: too many dimensions: {len(dims)} after merging, at most "
-            f"{MAX_DIMS} are supported"
-        )
-    found: dict[str, View | None] = {}
-    for name, given in tensors.items():
-        if given is None:
-            found[name] = None
-        elif name in apart:
-            found[name] = (given[0], (given[1][0], *(given[1][d] for d in dims)))
-        else:
-            found[name] = (given[0], None)
-    return tuple(sizes[1:]) if apart and len(sizes) > 1 else None, found
+    require(
+        len(dims) <= MAX_DIMS,
+        f"{', '.join(apart)}: too many dimensions: {len(dims)} after merging, at most {MAX_DIMS} "
+        "are supported",
+    )
 
+    def strides_of(name: str) -> tuple[int, ...] | None:
+        strides = apart.get(name)
+        return strides and (strides[0], *(strides[d] for d in dims))
 
-def _dense_strides(shape: Sequence[int]) -> Sequence[int]:
-    strides, size = [1] * len(shape), 1
-    for d in range(len(shape) - 1, -1, -1):
-        strides[d] = size
-        size *= shape[d]
-    return strides
-
-
-def _alike(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> bool:
-    return all(p == q or size == 1 for p, q, size in zip(a, b, shape, strict=True))
+    found = {name: None if t is None else (t, strides_of(name)) for name, t in tensors.items()}
+    return tuple(sizes[1:]) or (1,), found
 
 
 def is_wide(numel: int) -> bool:
@@ -109,20 +96,24 @@ def vector(t: Tensor | None, like: Tensor, dtype: torch.dtype, name: str) -> Ten
     if t is None:
         return None
     batch = like.shape[0]
-    ok = t.dtype == dtype and t.dim() == 1 and t.shape[0] == batch and t.device == like.device
+    ok = t.dtype == dtype and t.dim() == 1 and t.shape[0] == batch and same_device(t, like)
     require(ok, f"{name}: expected a vector of {batch} samples in the op's dtype on {like.device}")
     require(batch <= 1 or t.stride(0) == 1, f"{name}: expected a contiguous vector")
     return t
 
 
-def like_state(t: Tensor | None, x: Tensor, name: str) -> tuple[Tensor, Sequence[int]] | None:
-    """A tensor of the shape of x with its strides."""
-    if t is None:
-        return None
-    require(t.shape == x.shape, f"{name}: expected the shape of x")
-    require(t.dtype in FLOATS, f"{name}: expected float32, float64, bfloat16 or float16")
-    require(t.device == x.device, f"{name}: expected a tensor on {x.device}")
-    return t, t.stride()
+def like_state(t: Tensor | None, x: Tensor, name: str) -> Tensor | None:
+    """A tensor of the shape of x."""
+    if t is not None:
+        require(t.shape == x.shape, f"{name}: expected the shape of x")
+        require(t.dtype in FLOATS, f"{name}: expected float32, float64, bfloat16 or float16")
+        require(same_device(t, x), f"{name}: expected a tensor on {x.device}")
+    return t
+
+
+def same_device(a: Tensor, b: Tensor) -> bool:
+    """Much cheaper than comparing two `device`s."""
+    return a.get_device() == b.get_device() and a.is_cuda == b.is_cuda
 
 
 def check_state(x: Tensor) -> None:
@@ -143,13 +134,13 @@ def check_row(
     require(uncond is None or given, "uncond: needs network and guidance")
     vector(keys, x, torch.int64, "keys")
     batch = x.shape[0]
-    ok = row.dtype == torch.int32 and row.shape == (batch,) and row.device == x.device
+    ok = row.dtype == torch.int32 and row.shape == (batch,) and same_device(row, x)
     require(ok, f"row: expected a vector of {batch} samples in the op's dtype on {x.device}")
     ok = coef.dim() == 3 and coef.shape[1] == 2 and coef.is_contiguous() and coef.dtype == x.dtype
-    ok = ok and coef.device == x.device
+    ok = ok and same_device(coef, x)
     require(ok, "coef: expected a contiguous tensor [rows, 2, lanes] of x's dtype on its device")
     ok = field.shape == (coef.shape[0], FIELDS) and field.is_contiguous()
-    ok = ok and field.dtype == torch.int32 and field.device == x.device
+    ok = ok and field.dtype == torch.int32 and same_device(field, x)
     require(ok, "field: expected a contiguous int32 tensor [rows, 4] on x's device")
     lanes = coef.shape[2]
     registers = (lanes - TAIL) // 2 - H0
@@ -168,7 +159,7 @@ def check_alias(f: Tensor | None, to: Tensor | None, name: str, what: str) -> No
     if f.untyped_storage().data_ptr() != to.untyped_storage().data_ptr():
         return
     begin = to.data_ptr()
-    if f.data_ptr() == begin and f.dtype == to.dtype and _alike(f.stride(), to.stride(), to.shape):
+    if f.data_ptr() == begin and f.dtype == to.dtype and f.stride() == to.stride():
         return
     last = sum((size - 1) * step for size, step in zip(to.shape, to.stride(), strict=True))
     last_f = sum((size - 1) * step for size, step in zip(f.shape, f.stride(), strict=True))

@@ -200,16 +200,16 @@ def affine_step_(
     _launch.vector(epsilon, x, x.dtype, "epsilon")
     _launch.vector(net_time, x, x.dtype, "net_time")
     _launch.vector(first_bad, x, torch.int32, "first_bad")
-    slots = check_registers(registers, x, held)
+    first = first_register(registers, x, held)
     for name, f in (("network", network), ("uncond", uncond)):
         _launch.check_alias(f, net_input, name, "net_input")
         _launch.check_alias(f, net_time, name, "net_time")
     sizes, found = _launch.views(
         x.shape,
-        x=(x, x.stride()),
+        x=x,
         network=_launch.like_state(network, x, "network"),
         uncond=_launch.like_state(uncond, x, "uncond"),
-        registers=slots,
+        registers=first,
         noise=_launch.like_state(noise, x, "noise"),
         net_input=_launch.like_state(net_input, x, "net_input"),
     )
@@ -228,15 +228,13 @@ def affine_step_(
         found["x"], found["network"], found["uncond"], guidance, found["registers"], keys, row,
         coef, field, epsilon, found["noise"], found["net_input"], net_time, first_bad,
         numel, sizes, triton.cdiv(numel, options["BLOCK"]), coef.shape[0], row.stride(0),
-        registers.stride(0) if slots is not None and registers is not None else 0,
+        registers.stride(0) if held and registers is not None else 0,
         REGISTERS=held, ON_CHIP=on_chip, WIDE=_launch.is_wide(numel), **options,
     )  # fmt: skip
 
 
-def check_registers(
-    registers: Tensor | None, x: Tensor, held: int
-) -> tuple[Tensor, tuple[int, ...]] | None:
-    """The plan's registers with the strides of one of them; None for a plan without."""
+def first_register(registers: Tensor | None, x: Tensor, held: int) -> Tensor | None:
+    """H_0, the others lie behind it; None for a plan without registers."""
     if held == 0:
         return None
     ok = registers is not None and registers.dim() == x.dim() + 1 and registers.shape[0] >= held
@@ -244,5 +242,7 @@ def check_registers(
     _launch.require(ok, f"registers: expected [{held}, *x.shape]")
     assert registers is not None
     _launch.require(registers.dtype == x.dtype, "registers: expected the dtype of x")
-    _launch.require(registers.device == x.device, f"registers: expected a tensor on {x.device}")
-    return registers, registers.stride()[1:]
+    _launch.require(
+        _launch.same_device(registers, x), f"registers: expected a tensor on {x.device}"
+    )
+    return registers[0]

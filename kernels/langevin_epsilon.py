@@ -196,7 +196,7 @@ def langevin_epsilon_(
         return
     sizes, found = _launch.views(
         x.shape,
-        x=(x, x.stride()),
+        x=x,
         network=_launch.like_state(network, x, "network"),
         uncond=_launch.like_state(uncond, x, "uncond"),
         noise=_launch.like_state(noise, x, "noise"),
@@ -208,7 +208,7 @@ def step_sizes(
     epsilon: Tensor,
     x: Tensor,
     found: dict[str, _launch.View | None],
-    sizes: tuple[int, ...] | None,
+    sizes: tuple[int, ...],
     guidance: Tensor | None,
     keys: Tensor,
     row: Tensor,

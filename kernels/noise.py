@@ -86,7 +86,7 @@ def _fill(kind: str, out: Tensor, keys: Tensor, draw: int, stream: int) -> None:
     if out.numel() == 0:
         return
     numel = out.numel() // batch
-    sizes, found = _launch.views(out.shape, out=(out, out.stride()))
+    sizes, found = _launch.views(out.shape, out=out)
     options = _launch.configuration(numel)
     tiles = triton.cdiv(numel, options["BLOCK"])
     _launch.launch(

@@ -86,7 +86,7 @@ def row_arguments(
         "registers": None, "keys": pointer("i64"), "row": pointer("i32"), "coef": pointer(state),
         "field": pointer("i32"), "epsilon": None, "noise": None, "net_input": None,
         "net_time": pointer(state), "first_bad": pointer("i32"), "workspace": pointer(state),
-        "numel": numel, "sizes": None, "tiles": "i32", "batch": "i32", "rows": "i32",
+        "numel": numel, "sizes": (1,), "tiles": "i32", "batch": "i32", "rows": "i32",
         "row_stride": "i32", "slot_stride": "i32", "REGISTERS": 0, "ON_CHIP": False,
         "COUPLED": True, "WIDE": False, "BLOCK": 1024,
     }  # fmt: skip
@@ -101,7 +101,7 @@ def variants() -> dict[str, tuple[Any, Specification, int]]:
     step, tiny = affine_step.step, {"BLOCK": 128, "numel": 1}
     fill = {
         "keys": pointer("i64"), "draw": "i32", "stream": "i32", "numel": f"{ALIGNED}i32",
-        "sizes": None, "tiles": "i32", "KIND": "normal", "WIDE": False, "BLOCK": 1024,
+        "sizes": (1,), "tiles": "i32", "KIND": "normal", "WIDE": False, "BLOCK": 1024,
     }  # fmt: skip
     bf16, last = (pointer("bf16"), DENSE), (pointer("bf16"), NCHW_IN_NHWC)
     halves = ("seed_low", "seed_high", "first_low", "first_high")

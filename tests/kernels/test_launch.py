@@ -42,31 +42,29 @@ def test_a_sample_on_chip_is_one_block() -> None:
 @pytest.mark.parametrize(
     ("tensor", "sizes", "strides"),
     [
-        (torch.zeros(4, 3, 8, 8), None, None),
-        (torch.zeros(4, 1, 1, 5), None, None),
-        (torch.zeros(1, 3, 8, 8)[:, :, None], None, None),
+        (torch.zeros(4, 3, 8, 8), (1,), None),
+        (torch.zeros(4, 1, 1, 5), (1,), None),
+        (torch.zeros(1, 3, 8, 8)[:, :, None], (1,), None),
         (torch.zeros(4, 8, 8, 3).permute(0, 3, 1, 2), (64,), (192, 1, 3)),
-        (torch.zeros(4, 3, 8, 16)[..., ::2], None, (384, 2)),
+        (torch.zeros(4, 3, 8, 16)[..., ::2], (1,), (384, 2)),
         (torch.zeros(4, 3, 8, 16)[..., :8], (8,), (384, 16, 1)),
-        (torch.zeros(8, 3, 8, 8)[::2], None, (384, 1)),
-        (torch.zeros(8)[::2], None, (2,)),
+        (torch.zeros(8, 3, 8, 8)[::2], (1,), (384, 1)),
+        (torch.zeros(8)[::2], (1,), (2,)),
         (torch.zeros(5, 4, 3).permute(1, 2, 0), (5,), (3, 1, 12)),
     ],
 )
 def test_dimensions_are_merged(
-    tensor: Tensor, sizes: tuple[int, ...] | None, strides: tuple[int, ...] | None
+    tensor: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...] | None
 ) -> None:
     dense = torch.zeros(tensor.shape)
-    found = _launch.views(
-        tensor.shape, x=(dense, dense.stride()), f=(tensor, tensor.stride()), u=None
-    )
+    found = _launch.views(tensor.shape, x=dense, f=tensor, u=None)
     assert found == (sizes, {"x": (dense, None), "f": (tensor, strides), "u": None})
 
 
 def test_layouts_are_cut_where_any_of_them_needs_it() -> None:
     last = torch.zeros(4, 8, 6, 3).permute(0, 3, 1, 2)
     padded = torch.zeros(4, 3, 8, 7)[..., :6]
-    sizes, found = _launch.views(last.shape, a=(last, last.stride()), b=(padded, padded.stride()))
+    sizes, found = _launch.views(last.shape, a=last, b=padded)
     assert sizes == (8, 6)
     assert found == {"a": (last, (144, 1, 18, 3)), "b": (padded, (168, 56, 7, 1))}
 
@@ -110,7 +108,7 @@ def test_offsets_beyond_two_to_the_31(
     numel = torch.Size(shape).numel()
     block = _launch.configuration(numel)["BLOCK"]
     tiles = triton.cdiv(numel, block)
-    sizes: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] = (1,)
     if strides is not None and len(strides) > 2:
         sizes = (numel // shape[0],)
     out = torch.zeros(block, dtype=torch.int64, device=DEVICE)
@@ -125,7 +123,7 @@ def test_offsets_beyond_two_to_the_31(
             return -1
         if strides is None:
             return last + i
-        index = divmod(i, sizes[0]) if sizes else (i,)
+        index = divmod(i, sizes[0]) if len(strides) > 2 else (i,)
         steps = zip(index, strides[1:], strict=True)
         return (batch - 1) * strides[0] + sum(k * step for k, step in steps)
 
