@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-View = tuple[Any, ...]  # (tensor, strides or None)
+View = tuple[Any, Any]  # (tensor, strides), each of them or None
 
 TILE = 1024  # elements of a program, and of a block of the reduction
 ON_CHIP = 4096  # elements of a sample that one program can hold
@@ -39,10 +39,11 @@ def launch(kernel: Any, programs: int, on: Tensor, *arguments: object, **options
 
 def views(
     shape: Sequence[int], **tensors: Tensor | None
-) -> tuple[tuple[int, ...], dict[str, View | None]]:
+) -> tuple[tuple[int, ...], dict[str, View]]:
     """Sizes of the merged dimensions but the first, and each tensor as (tensor, strides).
 
-    A tensor that lies in C order gets None for its strides. The others, with theirs over (sample,
+    A tensor that lies in C order gets None for its strides; what is not given is (None, None),
+    because Triton 3.6 cannot tell a tuple from None. The others, with theirs over (sample,
     merged dimensions …), are cut together, into as few dimensions as all of them allow. Without
     such dimensions the sizes are (1,): no kernel looks at them.
     """
@@ -50,7 +51,7 @@ def views(
         name: t.stride() for name, t in tensors.items() if t is not None and not t.is_contiguous()
     }
     if not apart:
-        return (1,), {name: None if t is None else (t, None) for name, t in tensors.items()}
+        return (1,), {name: (t, None) for name, t in tensors.items()}
     dims: list[int] = []
     sizes: list[int] = []
     for d in range(1, len(shape)):
@@ -72,8 +73,7 @@ def views(
         strides = apart.get(name)
         return strides and (strides[0], *(strides[d] for d in dims))
 
-    found = {name: None if t is None else (t, strides_of(name)) for name, t in tensors.items()}
-    return tuple(sizes[1:]) or (1,), found
+    return tuple(sizes[1:]) or (1,), {name: (t, strides_of(name)) for name, t in tensors.items()}
 
 
 def is_wide(numel: int) -> bool:

@@ -1,7 +1,8 @@
 """Device functions that the kernels share: where a tile's elements lie, and the packed row.
 
-The row's formulas and their order are those of csrc/row.h. A view is (tensor, strides), strides of
-(sample, merged dimensions …) or None where the tensor lies in C order; see `_launch.views`.
+The row's formulas and their order are those of csrc/row.h. A view is (tensor, strides), with None
+for strides in C order, else those of (sample, merged dimensions …); (None, None) is no tensor. See
+`_launch.views`.
 """
 
 import triton
@@ -90,11 +91,11 @@ def form(lanes, A: tl.constexpr, B: tl.constexpr, LANES: tl.constexpr, f, x):
 @triton.jit
 def guided_network(network, uncond, guidance, factor, at, gate, S: tl.constexpr):
     """F_u + w·(F_c − F_u) with w = 1 + factor·(guidance − 1), or F_c; NaN for a missing network."""
-    if network is None:
+    if network[0] is None:
         f = tl.where(at[3] & gate, float("nan"), 0.0).to(S)
     else:
         f = read(network, at, gate, S)
-        if uncond is not None:
+        if uncond[0] is not None:
             u = read(uncond, at, gate, S)
             w = tl.fma(tl.load(factor), tl.load(guidance + at[0]) - 1.0, 1.0)
             f = tl.fma(w, f - u, u)
@@ -104,7 +105,7 @@ def guided_network(network, uncond, guidance, factor, at, gate, S: tl.constexpr)
 @triton.jit
 def row_noise(noise, keys, numbers, at, gate, S: tl.constexpr, BLOCK: tl.constexpr):
     """The given noise, or normals of the sample's own draw and stream; zeros outside the tile."""
-    if noise is None:
+    if noise[0] is None:
         z = tl.zeros([BLOCK], S)
         if gate:
             stream, draw = tl.load(numbers + STREAM), tl.load(numbers + DRAW)

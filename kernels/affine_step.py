@@ -101,7 +101,7 @@ def next_input(net_input, net_time, new, lanes, at, REST: tl.constexpr):
     """c_in·x' and the time label of the next evaluation, where there is one."""
     scale = tl.load(lanes + REST + NEXT_SCALE)
     if scale != 0:
-        if net_input is not None:
+        if net_input[0] is not None:
             T: tl.constexpr = net_input[0].dtype.element_ty
             v = scale * new
             if T.primitive_bitwidth == 16:

@@ -207,7 +207,7 @@ def langevin_epsilon_(
 def step_sizes(
     epsilon: Tensor,
     x: Tensor,
-    found: dict[str, _launch.View | None],
+    found: dict[str, _launch.View],
     sizes: tuple[int, ...],
     guidance: Tensor | None,
     keys: Tensor,

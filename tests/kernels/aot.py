@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ALIGNED = "aligned "  # before a type: divisible by 16, as a launch finds out by itself
 DENSE = None
+MISSING = (None, None)
 NCHW_IN_NHWC = ("i32", 1, "i32")  # strides (sample, channels, pixels) of channels_last
 
 Specification = dict[str, Any]
@@ -80,11 +81,11 @@ def row_arguments(
     **change: Any,
 ) -> Specification:
     """What a launch for dense tensors passes."""
-    f = None if network is None else (pointer(network), DENSE)
+    f = MISSING if network is None else (pointer(network), DENSE)
     given = {
-        "x": (pointer(state), DENSE), "network": f, "uncond": None, "guidance": None,
-        "registers": None, "keys": pointer("i64"), "row": pointer("i32"), "coef": pointer(state),
-        "field": pointer("i32"), "epsilon": None, "noise": None, "net_input": None,
+        "x": (pointer(state), DENSE), "network": f, "uncond": MISSING, "guidance": None,
+        "registers": MISSING, "keys": pointer("i64"), "row": pointer("i32"), "coef": pointer(state),
+        "field": pointer("i32"), "epsilon": None, "noise": MISSING, "net_input": MISSING,
         "net_time": pointer(state), "first_bad": pointer("i32"), "workspace": pointer(state),
         "numel": numel, "sizes": (1,), "tiles": "i32", "batch": "i32", "rows": "i32",
         "row_stride": "i32", "slot_stride": "i32", "REGISTERS": 0, "ON_CHIP": False,

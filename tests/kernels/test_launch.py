@@ -58,7 +58,7 @@ def test_dimensions_are_merged(
 ) -> None:
     dense = torch.zeros(tensor.shape)
     found = _launch.views(tensor.shape, x=dense, f=tensor, u=None)
-    assert found == (sizes, {"x": (dense, None), "f": (tensor, strides), "u": None})
+    assert found == (sizes, {"x": (dense, None), "f": (tensor, strides), "u": (None, None)})
 
 
 def test_layouts_are_cut_where_any_of_them_needs_it() -> None:

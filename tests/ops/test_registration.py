@@ -9,14 +9,20 @@ import noise_cases
 import op_cases as cases
 import pytest
 import torch
+from op_backends import BACKENDS, call
 from torch import Tensor
 
 from sbm_fast import _load, noise
 from sbm_fast.ops import affine_step, langevin_epsilon
 from sbm_fast.ops import noise as noise_ops
-from sbm_fast.ops._library import SCHEMAS
+from sbm_fast.ops._library import SCHEMAS, triton_missing
 
 needs_compiled = pytest.mark.skipif(not _load.COMPILED, reason=_load.REASON)
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason=triton_missing())
+either = pytest.mark.parametrize(
+    "backend",
+    [pytest.param("cpu", marks=needs_compiled), pytest.param("triton", marks=needs_triton)],
+)
 OPS = torch.ops.sbm_fast
 NAMES = ("x", "network", "uncond", "guidance", "registers", "keys", "row", "coef", "field")
 STEP = (*NAMES, "epsilon", "noise", "net_input", "net_time", "first_bad")
@@ -186,8 +192,21 @@ def test_the_step_names_what_is_wrong(name: str, message: str, change: dict[str,
         affine_step.affine_step_(*(arguments[n] for n in STEP))
 
 
-@needs_compiled
-def test_views_of_what_the_step_writes_are_refused() -> None:
+@needs_triton
+@pytest.mark.parametrize(
+    ("name", "message", "change"),
+    [bad for bad in BAD_STEP if bad[1] != "needs it"],  # rows are the GPU's to read
+)
+def test_the_triton_step_names_what_is_wrong(
+    name: str, message: str, change: dict[str, Any]
+) -> None:
+    arguments = step_arguments(cases.make((4, 6), [1, 1, 1, 1])) | change
+    with pytest.raises(RuntimeError, match=rf"{name}: .*{message.replace('CPU ', '')}"):
+        call("triton", "affine_step_", *(arguments[n] for n in STEP))
+
+
+@either
+def test_views_of_what_the_step_writes_are_refused(backend: str) -> None:
     case = cases.make((4, 6, 6), [1, 1, 1, 1])
     for x in (case.x, case.x.double()):
         arguments = step_arguments(replace(case, x=x, registers=case.registers.to(x.dtype)))
@@ -196,10 +215,10 @@ def test_views_of_what_the_step_writes_are_refused() -> None:
         for network in (*views, net_input.transpose(1, 2)):
             given = arguments | {"network": network, "net_input": net_input}
             with pytest.raises(RuntimeError, match="network: is another view of"):
-                affine_step.affine_step_(*(given[n] for n in STEP))
+                call(backend, "affine_step_", *(given[n] for n in STEP))
 
 
-@needs_compiled
+@either
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -209,10 +228,12 @@ def test_views_of_what_the_step_writes_are_refused() -> None:
         ((torch.zeros(4, 2), LONG.int(), 0, 0), "keys: .*4 samples"),
     ],
 )
-def test_noise_ops_name_what_is_wrong(arguments: tuple[Any, ...], message: str) -> None:
+def test_noise_ops_name_what_is_wrong(
+    backend: str, arguments: tuple[Any, ...], message: str
+) -> None:
     with pytest.raises(RuntimeError, match=message):
-        OPS.normal_(*arguments)
+        call(backend, "normal_", *arguments)
     with pytest.raises(RuntimeError, match="out: "):
-        OPS.words_(torch.zeros(4, 2), LONG, 0, 0)
+        call(backend, "words_", torch.zeros(4, 2), LONG, 0, 0)
     with pytest.raises(RuntimeError, match="out: "):
-        OPS.keys_(torch.zeros(4), 0, 0)
+        call(backend, "keys_", torch.zeros(4), 0, 0)
