@@ -6,7 +6,6 @@ the sums of its tiles, which a launch before made. What couples the samples, `ba
 by the program that comes last.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -223,8 +222,15 @@ def step_sizes(
     numel = x.numel() // batch
     on_chip = numel <= _launch.ON_CHIP
     tiles = 1 if on_chip else triton.cdiv(numel, _launch.TILE)
+    values = 4 + 2 * batch * (1 + triton.cdiv(numel, _launch.TILE))
     if workspace is None:
-        workspace = workspace_of(x)
+        workspace = x.new_zeros(values)
+    ok = workspace.numel() >= values and workspace.is_contiguous() and workspace.dtype == x.dtype
+    _launch.require(
+        ok and _launch.same_device(workspace, x),
+        f"workspace: expected at least {values} contiguous values of x's dtype on {x.device}, as "
+        "workspace_for(x) makes them",
+    )
     f, uncond, noise = found["network"], found["uncond"], found["noise"]
     of_rows = (found["x"], f, uncond, guidance, keys, row, coef, field, noise)
     of_sizes = (numel, sizes, tiles, batch, coef.shape[0], row.stride(0))
@@ -239,13 +245,3 @@ def step_sizes(
         sample_epsilon, batch, x, epsilon, workspace, *of_rows, *of_sizes,
         ON_CHIP=on_chip, COUPLED=coupled, **constants, **options,
     )  # fmt: skip
-
-
-def workspace_of(x: Tensor) -> Tensor:
-    """A zeroed workspace for one call; `sbm_fast.ops.affine_step.workspace_for` makes kept ones."""
-    batch = x.shape[0]
-    return torch.zeros(
-        4 + 2 * batch * (1 + triton.cdiv(x.numel() // batch, _launch.TILE)),
-        dtype=x.dtype,
-        device=x.device,
-    )

@@ -7,7 +7,9 @@ import json
 import warnings
 
 import noise_cases
+import op_backends  # noqa: F401  # the interpreter as exact as a GPU
 import pytest
+import sampling_cases
 import torch
 
 from sbm_fast import _load, backend, kernels, noise
@@ -156,6 +158,19 @@ def test_noise_takes_the_same_names(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(called) == 1
     with pytest.raises(ValueError, match=r"^backend: expected one of"):
         noise.uniform(3, (2, 5), backend="gpu")
+
+
+@pytest.mark.skipif(not _load.COMPILED, reason=_load.REASON)
+@pytest.mark.skipif(bool(backends()["triton"]), reason=backends()["triton"])
+@pytest.mark.parametrize("name", ["em", "pc batch mean", "pc per sample", "2m sde clipped"])
+def test_a_run_on_triton_has_the_bits_of_the_compiled_one(name: str) -> None:
+    """The network too is made of exactly rounded operations."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    runs = [
+        sampling_cases.sampler(name, (2, 5), backend=b, device=d)(seed=4).cpu()
+        for b, d in (("cpu", "cpu"), ("triton", device))
+    ]
+    assert torch.equal(*runs)
 
 
 ON_CUDA_TENSORS = """

@@ -203,6 +203,14 @@ def test_a_workspace_serves_every_call(shape: tuple[int, ...]) -> None:
         workspace[4:] = NAN
 
 
+def test_a_workspace_of_another_state_is_refused() -> None:
+    case = norm_case((3, 40), "per_sample")
+    good = affine_step.workspace_for(case.x)
+    for workspace in (good[:-1], good.double(), torch.zeros(2 * len(good))[::2]):
+        with pytest.raises(RuntimeError, match=r"^workspace: expected at least 16 contiguous"):
+            step(case, workspace=workspace)
+
+
 @triton.jit(do_not_specialize=["numel", "batch", "rows", "row_stride"])
 def last_program(  # noqa: ANN201
     epsilon, kept, row, coef, field, numel, batch, rows, row_stride,  # noqa: ANN001
