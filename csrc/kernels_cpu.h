@@ -1,14 +1,10 @@
 // The CPU kernels as a table of functions, one table an instruction set.
 #pragma once
 #include "affine_step.h"
+#include "noise_kind.h"
 
 namespace sbm {
 
-enum class NoiseKind : int { normal, uniform, rademacher, words };
-
-// Elements that one call works on at most: small enough that its buffers stay in the L1 cache.
-// Reductions sum blocks of this size, so it is part of what results look like.
-constexpr int64_t kTile = 1024;
 // Buffers are filled in whole vectors and may be written past the tile's end by this much.
 constexpr int64_t kSlack = 64;
 
