@@ -12,9 +12,9 @@ namespace sbm {
 
 constexpr size_t kPlainShared = 48 * 1024;  // a kernel has to ask for more
 
-template <class... P>
+template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-                   P... args) {
+                   const A&... args) {
   if (shared > kPlainShared) {
     const auto error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

@@ -4,14 +4,19 @@
 #include <stdint.h>
 
 #if defined(__CUDACC__)
+#define SBM_BOTH __host__ __device__  // for members
 #define SBM_HD static __host__ __device__ __forceinline__
 #else
+#define SBM_BOTH
 #define SBM_HD static inline __attribute__((always_inline))
 #endif
 
 // Before a loop over a few compile-time steps, and before one over independent elements.
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #define SBM_UNROLL _Pragma("unroll")
+#define SBM_IVDEP
+#elif defined(__CUDACC__)  // nvcc's look at the host code
+#define SBM_UNROLL
 #define SBM_IVDEP
 #elif defined(__clang__)
 #define SBM_UNROLL _Pragma("GCC unroll 16")
