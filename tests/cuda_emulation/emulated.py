@@ -110,7 +110,7 @@ class Emulator:
     def __init__(self, library: Path) -> None:
         self.lib = ctypes.CDLL(str(library))
         self.lib.emulator_order.argtypes = [ctypes.c_int64]
-        self.lib.emulator_window.argtypes = [ctypes.c_int64, ctypes.c_int64]
+        self.lib.emulator_last_blocks.argtypes = [ctypes.c_int64]
         self.lib.emulator_launches.restype = ctypes.c_int64
 
     @contextmanager
@@ -123,13 +123,13 @@ class Emulator:
             self.lib.emulator_order(0)
 
     @contextmanager
-    def blocks(self, first: int, end: int) -> Iterator[None]:
-        """Only these blocks of every grid."""
-        self.lib.emulator_window(first, end)
+    def last_blocks(self, count: int) -> Iterator[None]:
+        """Only the last blocks of every grid run."""
+        self.lib.emulator_last_blocks(count)
         try:
             yield
         finally:
-            self.lib.emulator_window(0, -1)
+            self.lib.emulator_last_blocks(0)
 
     @contextmanager
     def multiprocessors(self, count: int) -> Iterator[None]:

@@ -8,7 +8,6 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -22,13 +21,13 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
-constexpr size_t kDefaultShared = 48 * 1024, kMostShared = 227 * 1024;
+constexpr size_t kMostShared = 163 * 1024;  // of a block on sm_80
 constexpr int kNaN = 0xff;  // as every byte of a float or double
 
 // What the tests set and read through the functions at the end.
 struct Control {
   int64_t seed = 0;                         // 0 forward, 1 backward, else shuffled
-  int64_t first_block = 0, end_block = -1;  // the blocks that run; −1: all
+  int64_t last_blocks = 0;  // where not 0, only these blocks of a grid run
   int multiprocessors = 132;
   int64_t launches = 0;
 } control;
@@ -56,7 +55,6 @@ std::vector<Thread> threads;
 const Launch* current_launch = nullptr;
 int current = -1;
 std::string failure;
-std::map<const void*, size_t> allowed_shared;
 std::unique_ptr<char[]> shared;
 
 void give_way() { swapcontext(&fibers[size_t(threads[current].fiber)]->context, &scheduler); }
@@ -220,13 +218,11 @@ cudaError_t run(const Launch& l) {
   if (!blocks || l.grid.x > 0x7fffffffu || l.grid.y > 65535 || l.grid.z > 65535 || !size ||
       size > 1024)
     return cudaErrorInvalidConfiguration;
-  const auto allowed = allowed_shared.find(l.kernel);
-  if (l.shared > (allowed == allowed_shared.end() ? kDefaultShared : allowed->second))
-    return cudaErrorInvalidValue;
+  if (l.shared > kMostShared) return cudaErrorInvalidValue;
   current_launch = &l;
   failure.clear();
-  const int64_t end = control.end_block < 0 ? int64_t(blocks) : control.end_block;
-  for (int64_t b : order(control.first_block, std::min(end, int64_t(blocks)), 0)) {
+  const int64_t skip = control.last_blocks ? int64_t(blocks) - control.last_blocks : 0;
+  for (int64_t b : order(std::max<int64_t>(skip, 0), int64_t(blocks), 0)) {
     run_block(l, uint64_t(b));
     if (failure.empty()) continue;
     // Fibers that stand in the middle of a thread begin anew.
@@ -258,12 +254,6 @@ uint64_t meet_warp(unsigned mask, uint64_t value, int source, Site site) {
 int lane() { return current % 32; }
 void* dynamic_shared() { return shared.get(); }
 
-cudaError_t allow_shared(const void* kernel, int bytes) {
-  if (bytes < 0 || size_t(bytes) > kMostShared) return cudaErrorInvalidValue;
-  allowed_shared[kernel] = size_t(bytes);
-  return cudaSuccess;
-}
-
 cudaError_t attribute(int* value, cudaDeviceAttr which) {
   *value = which == cudaDevAttrMultiProcessorCount ? control.multiprocessors : int(kMostShared);
   return cudaSuccess;
@@ -281,9 +271,7 @@ const char* message(cudaError_t e) {
 #pragma GCC visibility push(default)
 extern "C" {
 void emulator_order(int64_t seed) { emulator::control.seed = seed; }
-void emulator_window(int64_t first, int64_t end) {
-  emulator::control.first_block = first, emulator::control.end_block = end;
-}
+void emulator_last_blocks(int64_t count) { emulator::control.last_blocks = count; }
 void emulator_multiprocessors(int count) { emulator::control.multiprocessors = count; }
 int64_t emulator_launches() { return emulator::control.launches; }
 

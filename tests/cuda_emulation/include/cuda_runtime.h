@@ -57,7 +57,6 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
@@ -67,14 +66,12 @@ typedef struct EmulatedStream* cudaStream_t;
 namespace emulator {
 
 struct Launch {
-  const void* kernel;
   dim3 grid, block;
   size_t shared;
   std::function<void()> thread;  // one thread of the kernel
 };
 cudaError_t run(const Launch& launch);
 const char* message(cudaError_t error);
-cudaError_t allow_shared(const void* kernel, int bytes);
 cudaError_t attribute(int* value, cudaDeviceAttr which);
 void* dynamic_shared();
 
@@ -105,11 +102,6 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   return emulator::attribute(value, which);
 }
-template <class K>
-cudaError_t cudaFuncSetAttribute(K* kernel, cudaFuncAttribute, int bytes) {
-  return emulator::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
-}
-
 // Default arguments are made where the call stands: that is how a meeting knows its place.
 #define EMULATED_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define EMULATED_AT(kind) \

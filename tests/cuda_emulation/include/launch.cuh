@@ -7,11 +7,10 @@
 
 namespace sbm {
 
-template <class... P>
+template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t,
-                   P... args) {
-  return emulator::run({reinterpret_cast<const void*>(kernel), grid, block, shared,
-                        [=] { kernel(args...); }});
+                   const A&... args) {
+  return emulator::run({grid, block, shared, [=] { kernel(args...); }});
 }
 
 }  // namespace sbm
