@@ -30,6 +30,7 @@ struct Cover {
   // each `channel_tiles` tiles long, so that what one of them fetched serves the others.
   int64_t channels = 1, channel_tiles = 1;
 
+  // most_per_block = 0: whole samples.
   Cover(int64_t batch, int64_t numel, int most_per_block = 8) : batch(batch), numel(numel) {
     tiles = numel > kTile ? (numel + kTile - 1) / kTile : 1;
     for (shift = 0; shift < 8 && (int64_t(kGroup) << shift) < numel; ++shift) {
@@ -38,6 +39,7 @@ struct Cover {
     while (per_block < most_per_block && per_block < tiles &&
            batch * tiles >= 2 * per_block * kEnoughBlocks)
       per_block *= 2;
+    if (most_per_block == 0) per_block = int(tiles);
     blocks = uint32_t((tiles + per_block - 1) / per_block);
   }
 

@@ -1,6 +1,6 @@
 // The CPU kernels as a table of functions, one table an instruction set.
 #pragma once
-#include "affine_step.h"
+#include "langevin_epsilon.h"
 #include "noise_kind.h"
 
 namespace sbm {
@@ -12,12 +12,6 @@ constexpr int64_t kSlack = 64;
 // only with first == 0 and count == numel.
 struct Tile {
   int64_t sample, samples, first, count;
-};
-
-// Σ s² and Σ z² of one sample's part of a tile.
-template <class S>
-struct SquareSums {
-  S score, noise;
 };
 
 struct CpuKernels {

@@ -21,7 +21,7 @@ __global__ __launch_bounds__(kThreads) void fill(const __grid_constant__ TensorV
     const Words words = sample_words(key, uint64_t(i) / kGroup, draw, stream);
     Quad<float> q;
     noise_values<CudaPack, kind>(words.w, q.v);
-    AnyIo::write(out, place.sample, i, count, q);
+    AnyIo::write(out, AnyIo::locate(out, place.sample, i, count), count, q);
   }
 }
 

@@ -5,6 +5,12 @@
 #include "half.h"
 #include "tensor_view.h"
 
+#if defined(__CUDACC__)
+#define SBM_OUT_OF_LINE __noinline__
+#else
+#define SBM_OUT_OF_LINE
+#endif
+
 namespace sbm {
 namespace {
 
@@ -36,8 +42,7 @@ __device__ __forceinline__ void write_piece(T* to, const Quad<S>& q) {
   *reinterpret_cast<Piece<T>*>(to) = piece;
 }
 
-// Calls run(the view's data as its own element type). A state, and what is kept with it, is of
-// type S: then nothing is asked.
+// Calls run(the view's data as its own element type).
 template <class Run>
 __device__ __forceinline__ void with_type(const TensorView& v, const Run& run) {
   switch (v.dtype) {
@@ -52,33 +57,50 @@ __device__ __forceinline__ void with_type(const TensorView& v, const Run& run) {
   }
 }
 
-// Elements i … i+3 (i a multiple of 4) of dense samples whose pieces are aligned.
+__host__ __device__ __forceinline__ int element_bytes(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// Whether DenseIo can read the view.
+inline bool is_dense(const TensorView& v) {
+  if (!v.given()) return true;
+  const size_t piece = element_bytes(v.dtype) < 4 ? 8 : 16;
+  return v.dense() && v.sample_stride % 4 == 0 && reinterpret_cast<uintptr_t>(v.data) % piece == 0;
+}
+
+// Both kinds of access: locate() elements i … i+count−1 of a sample (i a multiple of 4), then read
+// or write them. The state and its registers are known to be of type S.
+
+// Dense samples whose pieces are aligned, count always 4: see is_dense().
 struct DenseIo {
+  using Spot = int64_t;
+
+  static __device__ __forceinline__ Spot locate(const TensorView& v, int64_t sample, int64_t i,
+                                                int) {
+    return sample * v.sample_stride + i;
+  }
   template <class S>
-  static __device__ __forceinline__ Quad<S> read(const TensorView& v, int64_t sample, int64_t i,
-                                                 int) {
+  static __device__ __forceinline__ Quad<S> read(const TensorView& v, Spot at, int) {
     Quad<S> q;
     with_type(v, [&](const auto* data) {
       using T = std::remove_const_t<std::remove_reference_t<decltype(*data)>>;
-      q = read_piece<T, S>(data + (sample * v.sample_stride + i));
+      q = read_piece<T, S>(data + at);
     });
     return q;
   }
   template <class S>
-  static __device__ __forceinline__ void write(const TensorView& v, int64_t sample, int64_t i, int,
+  static __device__ __forceinline__ void write(const TensorView& v, Spot at, int,
                                                const Quad<S>& q) {
-    with_type(v, [&](auto* data) { write_piece(data + (sample * v.sample_stride + i), q); });
-  }
-  // The state and its registers.
-  template <class S>
-  static __device__ __forceinline__ Quad<S> read_state(const TensorView& v, int64_t sample,
-                                                       int64_t i, int) {
-    return read_piece<S, S>(static_cast<const S*>(v.data) + (sample * v.sample_stride + i));
+    with_type(v, [&](auto* data) { write_piece(data + at, q); });
   }
   template <class S>
-  static __device__ __forceinline__ void write_state(const TensorView& v, int64_t sample,
-                                                     int64_t i, int, const Quad<S>& q) {
-    write_piece(static_cast<S*>(v.data) + (sample * v.sample_stride + i), q);
+  static __device__ __forceinline__ Quad<S> read_state(const TensorView& v, Spot at, int) {
+    return read_piece<S, S>(static_cast<const S*>(v.data) + at);
+  }
+  template <class S>
+  static __device__ __forceinline__ void write_state(const TensorView& v, Spot at, int,
+                                                     const Quad<S>& q) {
+    write_piece(static_cast<S*>(v.data) + at, q);
   }
 };
 
@@ -87,92 +109,92 @@ __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
   return int64_t(uint32_t(a) / uint32_t(b));  // several times faster
 }
 
-// A sample's elements in logical order, from number i on.
-class Walk {
- public:
-  __device__ Walk(const TensorView& v, int64_t sample, int64_t i)
-      : v_(v), base_(sample * v.sample_stride), i_(i) {
-    seek();
-  }
-  __device__ int64_t offset() const { return offset_; }
-  __device__ void next() {
-    ++i_;
-    offset_ += v_.stride[v_.dims - 1];
-    if (--left_ == 0) seek();
-  }
-
- private:
-  __device__ void seek() {
-    offset_ = base_, left_ = 1;
-    int64_t rest = i_;
-    for (int d = v_.dims - 1; d >= 0; --d) {
-      const int64_t size = v_.size[d], outer = d > 0 ? divide(rest, size) : 0;
-      const int64_t index = rest - outer * size;
-      offset_ += index * v_.stride[d];
-      if (d == v_.dims - 1) left_ = size - index;
-      rest = outer;
-    }
-  }
-
-  const TensorView& v_;
-  const int64_t base_;
-  int64_t i_, offset_, left_;
-};
-
-// Any tensor; `count` of the four elements exist.
+// Any tensor.
 struct AnyIo {
-  template <class S>
-  static __device__ __forceinline__ Quad<S> read(const TensorView& v, int64_t sample, int64_t i,
-                                                 int count) {
-    Quad<S> q = {};
-    with_type(v, [&](const auto* data) {
-      using T = std::remove_const_t<std::remove_reference_t<decltype(*data)>>;
-      const T* const from = data + (sample * v.sample_stride + i);
-      if (whole(v, from, count)) {
-        q = read_piece<T, S>(from);
-        return;
-      }
-      Walk walk(v, sample, i);
+  struct Spot {
+    int64_t at[4];  // offsets of the elements
+    bool piece;     // they are one aligned piece
+  };
+
+  static __device__ __forceinline__ Spot locate(const TensorView& v, int64_t sample, int64_t i,
+                                                int count) {
+    const Run run = seek(v, i);
+    Spot spot;
+    spot.at[0] = sample * v.sample_stride + run.offset;
+    SBM_UNROLL
+    for (int e = 1; e < 4; ++e) spot.at[e] = spot.at[e - 1] + run.stride;
+    if (run.left < count) {
       SBM_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        if (e >= count) break;
-        if (e > 0) walk.next();
-        q.v[e] = S(widen(data[walk.offset()]));
-      }
-    });
+      for (int e = 1; e < 4; ++e)
+        if (e < count) spot.at[e] = sample * v.sample_stride + seek(v, i + e).offset;
+    }
+    const int bytes = element_bytes(v.dtype);
+    const uintptr_t address = reinterpret_cast<uintptr_t>(v.data) + uintptr_t(spot.at[0]) * bytes;
+    spot.piece = count == 4 && run.left >= 4 && run.stride == 1 &&
+                 (address & (bytes == 2 ? 7 : 15)) == 0;
+    return spot;
+  }
+  template <class S>
+  static __device__ __forceinline__ Quad<S> read(const TensorView& v, const Spot& spot, int count) {
+    Quad<S> q;
+    with_type(v, [&](const auto* data) { q = read_from<S>(data, spot, count); });
     return q;
   }
   template <class S>
-  static __device__ __forceinline__ void write(const TensorView& v, int64_t sample, int64_t i,
-                                               int count, const Quad<S>& q) {
-    with_type(v, [&](auto* data) {
-      using T = std::remove_reference_t<decltype(*data)>;
-      T* const to = data + (sample * v.sample_stride + i);
-      if (whole(v, to, count)) return write_piece(to, q);
-      Walk walk(v, sample, i);
-      SBM_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        if (e >= count) break;
-        if (e > 0) walk.next();
-        data[walk.offset()] = narrow<T>(q.v[e]);
-      }
-    });
+  static __device__ __forceinline__ void write(const TensorView& v, const Spot& spot, int count,
+                                               const Quad<S>& q) {
+    with_type(v, [&](auto* data) { write_to(data, spot, count, q); });
   }
   template <class S>
-  static __device__ __forceinline__ Quad<S> read_state(const TensorView& v, int64_t sample,
-                                                       int64_t i, int count) {
-    return read<S>(v, sample, i, count);
+  static __device__ __forceinline__ Quad<S> read_state(const TensorView& v, const Spot& spot,
+                                                       int count) {
+    return read_from<S>(static_cast<const S*>(v.data), spot, count);
   }
   template <class S>
-  static __device__ __forceinline__ void write_state(const TensorView& v, int64_t sample,
-                                                     int64_t i, int count, const Quad<S>& q) {
-    write(v, sample, i, count, q);
+  static __device__ __forceinline__ void write_state(const TensorView& v, const Spot& spot,
+                                                     int count, const Quad<S>& q) {
+    write_to(static_cast<S*>(v.data), spot, count, q);
   }
 
  private:
-  template <class T>
-  static __device__ __forceinline__ bool whole(const TensorView& v, const T* at, int count) {
-    return count == 4 && v.dense() && reinterpret_cast<uintptr_t>(at) % alignof(Piece<T>) == 0;
+  // Elements in equal steps of memory: `left` of them from one on.
+  struct Run {
+    int64_t offset, stride, left;
+  };
+
+  static __device__ __forceinline__ Run seek(const TensorView& v, int64_t i) {
+    if (v.dims == 0) return {0, 1, 1};
+    if (v.dims == 1) return {i * v.stride[0], v.stride[0], v.size[0] - i};
+    return seek_nested(v, i);
+  }
+  static __device__ SBM_OUT_OF_LINE Run seek_nested(const TensorView& v, int64_t i) {
+    const int last = v.dims - 1;
+    Run run = {0, v.stride[last], 0};
+    for (int d = last; d >= 0; --d) {
+      const int64_t outer = d > 0 ? divide(i, v.size[d]) : 0, index = i - outer * v.size[d];
+      run.offset += index * v.stride[d];
+      if (d == last) run.left = v.size[d] - index;
+      i = outer;
+    }
+    return run;
+  }
+
+  template <class S, class T>
+  static __device__ __forceinline__ Quad<S> read_from(const T* data, const Spot& spot, int count) {
+    if (spot.piece) return read_piece<T, S>(data + spot.at[0]);
+    Quad<S> q = {};
+    SBM_UNROLL
+    for (int e = 0; e < 4; ++e)
+      if (e < count) q.v[e] = S(widen(data[spot.at[e]]));
+    return q;
+  }
+  template <class S, class T>
+  static __device__ __forceinline__ void write_to(T* data, const Spot& spot, int count,
+                                                  const Quad<S>& q) {
+    if (spot.piece) return write_piece(data + spot.at[0], q);
+    SBM_UNROLL
+    for (int e = 0; e < 4; ++e)
+      if (e < count) data[spot.at[e]] = narrow<T>(q.v[e]);
   }
 };
 
