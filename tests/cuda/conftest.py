@@ -1,6 +1,8 @@
-"""Makes the emulator's loader importable."""
+"""Makes the emulator's loader and the benchmarks importable."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_emulation"))
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "cuda_emulation"))
+sys.path.append(str(ROOT))
