@@ -113,7 +113,7 @@ __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
 struct AnyIo {
   struct Spot {
     int64_t at[4];  // offsets of the elements
-    bool piece;     // they are one aligned piece
+    bool line;      // there are four, side by side
   };
 
   static __device__ __forceinline__ Spot locate(const TensorView& v, int64_t sample, int64_t i,
@@ -128,10 +128,7 @@ struct AnyIo {
       for (int e = 1; e < 4; ++e)
         if (e < count) spot.at[e] = sample * v.sample_stride + seek(v, i + e).offset;
     }
-    const int bytes = element_bytes(v.dtype);
-    const uintptr_t address = reinterpret_cast<uintptr_t>(v.data) + uintptr_t(spot.at[0]) * bytes;
-    spot.piece = count == 4 && run.left >= 4 && run.stride == 1 &&
-                 (address & (bytes == 2 ? 7 : 15)) == 0;
+    spot.line = count == 4 && run.left >= 4 && run.stride == 1;
     return spot;
   }
   template <class S>
@@ -179,9 +176,13 @@ struct AnyIo {
     return run;
   }
 
+  template <class T>
+  static __device__ __forceinline__ bool aligned(const T* at) {
+    return reinterpret_cast<uintptr_t>(at) % alignof(Piece<T>) == 0;
+  }
   template <class S, class T>
   static __device__ __forceinline__ Quad<S> read_from(const T* data, const Spot& spot, int count) {
-    if (spot.piece) return read_piece<T, S>(data + spot.at[0]);
+    if (spot.line && aligned(data + spot.at[0])) return read_piece<T, S>(data + spot.at[0]);
     Quad<S> q = {};
     SBM_UNROLL
     for (int e = 0; e < 4; ++e)
@@ -191,7 +192,7 @@ struct AnyIo {
   template <class S, class T>
   static __device__ __forceinline__ void write_to(T* data, const Spot& spot, int count,
                                                   const Quad<S>& q) {
-    if (spot.piece) return write_piece(data + spot.at[0], q);
+    if (spot.line && aligned(data + spot.at[0])) return write_piece(data + spot.at[0], q);
     SBM_UNROLL
     for (int e = 0; e < 4; ++e)
       if (e < count) data[spot.at[e]] = narrow<T>(q.v[e]);
