@@ -206,9 +206,8 @@ def test_misaligned_and_gapped_tensors(numel: int) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 3), (0,), (4, 0), (2, 3, 0)])
 def test_empty(shape: tuple[int, ...]) -> None:
-    case = cases.make(shape)
-    agree(case, leave_out=("epsilon",))
-    agree(case)
+    """Nothing to do; what is written for a sample without elements differs between backends."""
+    agree(cases.make(shape), leave_out=("net_time", "epsilon"))
 
 
 def random_case(registers: int, seed: int, shape: tuple[int, ...], **how: Any) -> Case:
@@ -279,7 +278,7 @@ def test_outputs_that_are_not_asked_for(leave_out: tuple[str, ...]) -> None:
 
 
 # Norms: the sizes take one block, a block a sample, several tiles, and two launches.
-NORM_SHAPES = [(12, 7), (12, 3, 8, 8), (7, 1024), (6, 5000), (4, 16384), (3, 16385), (2, 20000)]
+NORM_SHAPES = [(12, 7), (12, 3, 8, 8), (7, 1024), (6, 4100), (5, 5000), (64, 1500), (2, 16385)]
 
 
 @pytest.mark.parametrize("coupled", [False, True])
@@ -294,6 +293,16 @@ def test_norm_rows(shape: tuple[int, ...], dtype: torch.dtype, coupled: bool) ->
         agree(replace(case, noise=torch.randn_like(case.x)), workspace=None, coupled=coupled)
 
 
+def test_sixteen_tiles_on_chip() -> None:
+    """The most noise that a block keeps, and one launch, where samples are many."""
+    rows = [ROWS.index(("per_sample", "plain", "start", "sqrt_d")[min(b, 3)]) for b in range(64)]
+    case = cases.make((64, 16384), rows)
+    case.row[4:] = -1
+    before = emulated.emulator().launches()
+    agree(case, workspace=None, coupled=False)
+    assert emulated.emulator().launches() - before == 1
+
+
 def launches_of(case: Case, **how: Any) -> int:
     before = emulated.emulator().launches()
     step(emulated_step, case, **how)
@@ -302,7 +311,7 @@ def launches_of(case: Case, **how: Any) -> int:
 
 def test_launches() -> None:
     """One where no norm is promised or the sample fits on chip, else two."""
-    small, large = cases.make((5, 3, 32, 32), [1, 5, 6, 1, 5]), cases.make((2, 40000), [5, 5])
+    small, large = cases.make((5, 3, 32, 32), [1, 5, 6, 1, 5]), cases.make((2, 16388), [5, 5])
     for case in (small, large):
         assert launches_of(case, leave_out=("epsilon",)) == 1
         assert launches_of(case) == 2

@@ -126,7 +126,7 @@ def test_a_missing_barrier_shows_in_some_order(toy: Toy, flaw: str) -> None:
         ("divergent", "divergent barrier: toy.cu:"),
         ("deadlock", "names a lane that has ended"),
         ("outside", "out_of_bounds at toy.cu:"),
-        ("misaligned", "type_mismatch_v1 at toy.cu:"),
+        ("misaligned", "misaligned access at toy.cu:"),
         ("overflow", "mul_overflow at toy.cu:"),
         ("divided_warp", "divergent warp: toy.cu:"),
         ("ended_lane", "names a lane that has ended"),

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <link.h>
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -43,21 +44,41 @@ struct Thread {
 };
 
 // Everything of the block that runs now.
-ucontext_t scheduler;
 struct Fiber {
   ucontext_t context;
+  jmp_buf at;
   void* stack;
-  bool made;
+  bool made, begun;
 };
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<int> idle;
 std::vector<Thread> threads;
+size_t arrived = 0;                   // threads at a barrier or ended
+std::vector<size_t> arrived_in_warp;  // at a meeting of their warp
+bool ended = false;                   // some thread has
 const Launch* current_launch = nullptr;
 int current = -1;
 std::string failure;
 std::unique_ptr<char[]> shared;
 
+// Between scheduler and fibers. swapcontext asks the system for the signal mask every time, so it is
+// left to AddressSanitizer, which does not follow jumps.
+#ifdef __SANITIZE_ADDRESS__
+ucontext_t scheduler;
 void give_way() { swapcontext(&fibers[size_t(threads[current].fiber)]->context, &scheduler); }
+void resume(Fiber& f) { swapcontext(&scheduler, &f.context); }
+#else
+jmp_buf scheduler;
+void give_way() {
+  if (!_setjmp(fibers[size_t(threads[current].fiber)]->at)) _longjmp(scheduler, 1);
+}
+void resume(Fiber& f) {
+  if (_setjmp(scheduler)) return;
+  if (f.begun) _longjmp(f.at, 1);
+  f.begun = true;
+  setcontext(&f.context);
+}
+#endif
 
 std::string place(Site s) {
   const char* const name = strrchr(s.file, '/');
@@ -81,20 +102,19 @@ bool same_place(const Site& a, const Site& b) {
 }
 
 // Lets a barrier's threads go once every thread that still runs has come.
-bool open_barrier() {
+void open_barrier() {
+  if (++arrived < threads.size()) return;
   const Site* site = nullptr;
   uint64_t count = 0;
   for (const Thread& t : threads) {
     if (t.state == State::done) continue;
-    if (t.state != State::at_block) return false;
     if (site && !same_place(*site, t.site))
       fail("divergent barrier: " + place(*site) + " and " + place(t.site));
     site = &t.site;
     count += t.value != 0;
   }
   for (Thread& t : threads)
-    if (t.state == State::at_block) t.state = State::ready, t.result = count;
-  return true;
+    if (t.state == State::at_block) t.state = State::ready, t.result = count, --arrived;
 }
 
 size_t warp_begin(int thread) { return size_t(thread) / 32 * 32; }
@@ -103,6 +123,8 @@ void open_warp(unsigned mask) {
   const size_t first = warp_begin(current), end = std::min(first + 32, threads.size());
   const Thread& own = threads[size_t(current)];
   uint64_t votes = 0;
+  size_t& here = arrived_in_warp[first / 32];
+  if (++here < size_t(__builtin_popcount(mask)) && first + 32 <= threads.size() && !ended) return;
   for (size_t i = first; i < first + 32; ++i) {
     if (!(mask >> (i - first) & 1)) continue;
     if (i >= end || threads[i].state == State::done)
@@ -120,6 +142,7 @@ void open_warp(unsigned mask) {
       fail("the shuffle at " + place(own.site) + " reads a lane that takes no part");
     t.result = t.site.kind == Meeting::shuffle ? threads[first + size_t(t.source)].value : votes;
     t.state = State::ready;
+    --here;
   }
 }
 
@@ -128,6 +151,7 @@ void fiber_main() {
     current_launch->thread();
     Thread& t = threads[size_t(current)];
     t.state = State::done;
+    ended = true;
     open_barrier();
     idle.push_back(t.fiber);
     give_way();
@@ -139,7 +163,7 @@ int free_fiber() {
     fibers.push_back(std::make_unique<Fiber>());
     void* const stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    fibers.back()->stack = stack, fibers.back()->made = false;
+    fibers.back()->stack = stack;
     idle.push_back(int(fibers.size()) - 1);
   }
   const int f = idle.back();
@@ -149,20 +173,25 @@ int free_fiber() {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack, fiber.context.uc_stack.ss_size = kStack;
     makecontext(&fiber.context, fiber_main, 0);
-    fiber.made = true;
+    fiber.made = true, fiber.begun = false;
   }
   return f;
 }
 
-// The thread-local memory of this library in this thread is what __shared__ declares, and the
+// The thread-local memory of this library in this thread: what __shared__ declares, and the
 // variables above.
-int poison_module(dl_phdr_info* info, size_t, void* own) {
+struct Memory {
+  void* begin;
+  size_t size;
+};
+
+int find_module(dl_phdr_info* info, size_t, void* found) {
   Dl_info module;
-  dladdr(own, &module);
+  dladdr(reinterpret_cast<void*>(&run), &module);
   if (module.dli_fbase != reinterpret_cast<void*>(info->dlpi_addr)) return 0;
   for (int i = 0; i < info->dlpi_phnum; ++i)
     if (info->dlpi_phdr[i].p_type == PT_TLS)
-      memset(info->dlpi_tls_data, kNaN, info->dlpi_phdr[i].p_memsz);
+      *static_cast<Memory*>(found) = {info->dlpi_tls_data, info->dlpi_phdr[i].p_memsz};
   return 1;
 }
 
@@ -180,13 +209,14 @@ void set_built_ins(const Launch& l, uint64_t block) {
               unsigned(block / l.grid.x / l.grid.y)};
 }
 
-void run_block(const Launch& l, uint64_t block) {
-  set_built_ins(l, block);  // thread-local memory exists from its first use on
-  dl_iterate_phdr(poison_module, reinterpret_cast<void*>(&run));
+void run_block(const Launch& l, uint64_t block, Memory declared) {
+  memset(declared.begin, kNaN, declared.size);
   shared.reset(new char[l.shared + 1]);  // on its own, so that AddressSanitizer sees its end
   memset(shared.get(), kNaN, l.shared);
   set_built_ins(l, block);
   threads.assign(l.block.x * l.block.y * l.block.z, Thread{});
+  arrived_in_warp.assign(threads.size() / 32 + 1, 0);
+  arrived = 0, ended = false;
   const auto turns = order(0, int64_t(threads.size()), block);
   for (bool moved = true; moved && failure.empty();) {
     moved = false;
@@ -198,7 +228,7 @@ void run_block(const Launch& l, uint64_t block) {
       current = int(i);
       const unsigned n = unsigned(i);
       threadIdx = {n % l.block.x, n / l.block.x % l.block.y, n / l.block.x / l.block.y};
-      swapcontext(&scheduler, &fibers[size_t(t.fiber)]->context);
+      resume(*fibers[size_t(t.fiber)]);
       moved = true;
       if (!failure.empty()) break;
     }
@@ -221,9 +251,12 @@ cudaError_t run(const Launch& l) {
   if (l.shared > kMostShared) return cudaErrorInvalidValue;
   current_launch = &l;
   failure.clear();
+  set_built_ins(l, 0);  // thread-local memory exists from its first use on
+  Memory declared{};
+  dl_iterate_phdr(find_module, &declared);
   const int64_t skip = control.last_blocks ? int64_t(blocks) - control.last_blocks : 0;
   for (int64_t b : order(std::max<int64_t>(skip, 0), int64_t(blocks), 0)) {
-    run_block(l, uint64_t(b));
+    run_block(l, uint64_t(b), declared);
     if (failure.empty()) continue;
     // Fibers that stand in the middle of a thread begin anew.
     idle.clear();
@@ -284,7 +317,12 @@ struct Found {
   void __ubsan_handle_##name(Found* data, ##__VA_ARGS__) {                           \
     emulator::fail(std::string(#name " at ") + data->file + ":" + std::to_string(data->line)); \
   }
-SANITIZER(type_mismatch_v1, void*)
+void __ubsan_handle_type_mismatch_v1(Found* data, void* address) {
+  char text[32];
+  snprintf(text, sizeof text, " (address %p)", address);
+  emulator::fail(std::string("misaligned access at ") + data->file + ":" +
+                 std::to_string(data->line) + text);
+}
 SANITIZER(out_of_bounds, void*)
 SANITIZER(shift_out_of_bounds, void*, void*)
 SANITIZER(add_overflow, void*, void*)
