@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import cuda_static
 
+from benchmarks import cuda_static
 from sbm_fast import _load
 
 SOURCES = sorted(cuda_static.CSRC.glob("*.cu"))

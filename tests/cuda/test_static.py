@@ -1,6 +1,7 @@
 """The readers behind benchmarks/cuda_static.py, on small texts with known answers."""
 
 import pytest
+
 from benchmarks import cuda_static, sass
 
 PTXAS = """\
