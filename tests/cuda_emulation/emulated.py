@@ -131,14 +131,6 @@ class Emulator:
         finally:
             self.lib.emulator_last_blocks(0)
 
-    @contextmanager
-    def multiprocessors(self, count: int) -> Iterator[None]:
-        self.lib.emulator_multiprocessors(count)
-        try:
-            yield
-        finally:
-            self.lib.emulator_multiprocessors(132)
-
     def launches(self) -> int:
         return int(self.lib.emulator_launches())
 

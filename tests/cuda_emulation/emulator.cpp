@@ -29,7 +29,6 @@ constexpr int kNaN = 0xff;  // as every byte of a float or double
 struct Control {
   int64_t seed = 0;                         // 0 forward, 1 backward, else shuffled
   int64_t last_blocks = 0;  // where not 0, only these blocks of a grid run
-  int multiprocessors = 132;
   int64_t launches = 0;
 } control;
 
@@ -61,13 +60,7 @@ int current = -1;
 std::string failure;
 std::unique_ptr<char[]> shared;
 
-// Between scheduler and fibers. swapcontext asks the system for the signal mask every time, so it is
-// left to AddressSanitizer, which does not follow jumps.
-#ifdef __SANITIZE_ADDRESS__
-ucontext_t scheduler;
-void give_way() { swapcontext(&fibers[size_t(threads[current].fiber)]->context, &scheduler); }
-void resume(Fiber& f) { swapcontext(&scheduler, &f.context); }
-#else
+// Between scheduler and fibers: jumps, since swapcontext would ask the system for the signal mask.
 jmp_buf scheduler;
 void give_way() {
   if (!_setjmp(fibers[size_t(threads[current].fiber)]->at)) _longjmp(scheduler, 1);
@@ -78,7 +71,6 @@ void resume(Fiber& f) {
   f.begun = true;
   setcontext(&f.context);
 }
-#endif
 
 std::string place(Site s) {
   const char* const name = strrchr(s.file, '/');
@@ -287,11 +279,6 @@ uint64_t meet_warp(unsigned mask, uint64_t value, int source, Site site) {
 int lane() { return current % 32; }
 void* dynamic_shared() { return shared.get(); }
 
-cudaError_t attribute(int* value, cudaDeviceAttr which) {
-  *value = which == cudaDevAttrMultiProcessorCount ? control.multiprocessors : int(kMostShared);
-  return cudaSuccess;
-}
-
 const char* message(cudaError_t e) {
   if (e == cudaErrorLaunchFailure) return failure.c_str();
   return e == cudaSuccess             ? "no error"
@@ -305,7 +292,6 @@ const char* message(cudaError_t e) {
 extern "C" {
 void emulator_order(int64_t seed) { emulator::control.seed = seed; }
 void emulator_last_blocks(int64_t count) { emulator::control.last_blocks = count; }
-void emulator_multiprocessors(int count) { emulator::control.multiprocessors = count; }
 int64_t emulator_launches() { return emulator::control.launches; }
 
 // -fsanitize=undefined calls these; each has the source's place as the first thing in `data`.

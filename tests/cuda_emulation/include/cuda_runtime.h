@@ -12,7 +12,6 @@
 #define __host__
 #define __device__
 #define __global__
-#define __constant__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
@@ -29,37 +28,11 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-#define EMULATED_VECTOR(T, name)                                          \
-  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                      \
-  struct name##3 { T x, y, z; };                                          \
-  struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) name##4 { T x, y, z, w; }; \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }              \
-  inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
-EMULATED_VECTOR(float, float)
-EMULATED_VECTOR(double, double)
-EMULATED_VECTOR(int, int)
-EMULATED_VECTOR(unsigned short, ushort)
-EMULATED_VECTOR(long long, longlong)
-EMULATED_VECTOR(unsigned long long, ulonglong)
-#undef EMULATED_VECTOR
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719
-};
-enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 typedef struct EmulatedStream* cudaStream_t;
 
@@ -72,7 +45,6 @@ struct Launch {
 };
 cudaError_t run(const Launch& launch);
 const char* message(cudaError_t error);
-cudaError_t attribute(int* value, cudaDeviceAttr which);
 void* dynamic_shared();
 
 // What threads do together; all must do it at one place of the program.
@@ -94,14 +66,8 @@ extern thread_local uint3 threadIdx, blockIdx;
 extern thread_local dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t e) { return emulator::message(e); }
-inline const char* cudaGetErrorName(cudaError_t e) { return emulator::message(e); }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  return emulator::attribute(value, which);
-}
+
 // Default arguments are made where the call stands: that is how a meeting knows its place.
 #define EMULATED_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define EMULATED_AT(kind) \
@@ -149,16 +115,6 @@ T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32, EMULATED_
   const int own = emulator::lane(), to = own + int(delta), end = own / width * width + width;
   return emulated_shuffle(mask, v, to < end ? to : own, EMULATED_AT(shuffle));
 }
-template <class T>
-T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32, EMULATED_SITE) {
-  const int own = emulator::lane(), to = own - int(delta), first = own / width * width;
-  return emulated_shuffle(mask, v, to >= first ? to : own, EMULATED_AT(shuffle));
-}
-template <class T>
-T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32, EMULATED_SITE) {
-  const int own = emulator::lane(), to = own ^ bits, end = own / width * width + width;
-  return emulated_shuffle(mask, v, to < end ? to : own, EMULATED_AT(shuffle));
-}
 
 // One block at a time runs, and a thread gives way only at a meeting.
 inline void __threadfence() {}
@@ -168,70 +124,4 @@ T atomicAdd(T* p, T v) {
   *p = T(old + v);
   return old;
 }
-template <class T>
-T atomicExch(T* p, T v) {
-  const T old = *p;
-  *p = v;
-  return old;
-}
-template <class T>
-T atomicMax(T* p, T v) {
-  const T old = *p;
-  *p = old < v ? v : old;
-  return old;
-}
-template <class T>
-T atomicCAS(T* p, T expected, T v) {
-  const T old = *p;
-  if (old == expected) *p = v;
-  return old;
-}
-inline unsigned atomicInc(unsigned* p, unsigned last) {
-  const unsigned old = *p;
-  *p = old >= last ? 0 : old + 1;
-  return old;
-}
-
-template <class T>
-T __ldg(const T* p) {
-  return *p;
-}
-template <class T>
-T __ldcg(const T* p) {
-  return *p;
-}
-template <class T>
-T __ldcs(const T* p) {
-  return *p;
-}
-template <class T, class V>
-void __stcs(T* p, V v) {
-  *p = v;
-}
-template <class T, class V>
-void __stcg(T* p, V v) {
-  *p = v;
-}
-inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
-inline int __ffs(int v) { return __builtin_ffs(v); }
-inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
-template <class T>
-T min(T a, T b) {
-  return b < a ? b : a;
-}
-template <class T>
-T max(T a, T b) {
-  return a < b ? b : a;
-}
-template <class To, class From>
-To emulated_bits(From v) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To to;
-  memcpy(&to, &v, sizeof to);
-  return to;
-}
-inline int __float_as_int(float v) { return emulated_bits<int>(v); }
-inline unsigned __float_as_uint(float v) { return emulated_bits<unsigned>(v); }
-inline float __int_as_float(int v) { return emulated_bits<float>(v); }
-inline float __uint_as_float(unsigned v) { return emulated_bits<float>(v); }
