@@ -14,25 +14,31 @@ bool fits_one_block(int64_t batch, int64_t numel) {
   return numel <= kTile * (batch < kManySamples ? kAlwaysOneBlock : int64_t(kMostTiles));
 }
 
-template <class S, class Io, bool kSlots, bool kNorms>
-__global__ __launch_bounds__(kThreads) void step(const __grid_constant__ StepArgs<S> a,
-                                                 const Cover cover) {
+// Blocks that a multiprocessor should hold: as many as the registers of each kernel allow.
+template <class S, class Io, bool kExtras>
+constexpr int kBlocks = sizeof(S) > sizeof(float)    ? 1
+                        : kExtras || !Io::kOneOrigin ? 2
+                                                     : 4;
+
+template <class S, class Io, bool kSlots, bool kNorms, bool kExtras>
+__global__ __launch_bounds__(kThreads, (kBlocks<S, Io, kExtras>)) void step(
+    const __grid_constant__ StepArgs<S> a, const Cover cover) {
   const Place place = cover.place();
-  RowStep<S, Io, kSlots, kNorms> row(a, place.sample, place.inside);
+  RowStep<S, Io, kSlots, kNorms, kExtras> row(a, place.sample, place.inside);
   if (!row.live()) return;
-  row.prepare(kNorms && a.epsilon ? a.epsilon[place.sample] : not_a_number<S>());
+  row.prepare(place.first * kTile,
+              kNorms && a.epsilon ? a.epsilon[place.sample] : not_a_number<S>());
   if (place.first == 0 && place.lane == 0) row.write_label();
   for (int k = 0; k < place.count; ++k) {
-    const int64_t i = cover.start(place.first + k) + kGroup * place.lane;
-    const int count = cover.existing(i);
-    if (count > 0) row.run(i, count, nullptr);
+    const Spot at = cover.spot<Io::kOneOrigin>(place, k);
+    if (at.count > 0) row.run(at, nullptr);
   }
 }
 
 // Norms and step of a sample in one block; z is made once and kept on chip.
 template <class S, class Io>
-__global__ __launch_bounds__(kThreads) void step_with_norms(const __grid_constant__ StepArgs<S> a,
-                                                            const Cover cover) {
+__global__ __launch_bounds__(kThreads, (kBlocks<S, Io, true>)) void step_with_norms(
+    const __grid_constant__ StepArgs<S> a, const Cover cover) {
   SBM_DYNAMIC_SHARED(NormScratch<S>, scratch);
   Piece<float>* const kept =
       a.noise.given() ? nullptr : reinterpret_cast<Piece<float>*>(scratch + 1);
@@ -49,14 +55,13 @@ __global__ __launch_bounds__(kThreads) void step_with_norms(const __grid_constan
     }
   }
   __syncthreads();
-  RowStep<S, Io, true, true> row(a, place.sample, place.inside);
+  RowStep<S, Io, true, true, true> row(a, place.sample, place.inside);
   if (!row.live()) return;
-  row.prepare(scratch->epsilon[threadIdx.x >> cover.shift]);
+  row.prepare(0, scratch->epsilon[threadIdx.x >> cover.shift]);
   if (place.lane == 0) row.write_label();
   for (int k = 0; k < place.count; ++k) {
-    const int64_t i = k * kTile + kGroup * place.lane;
-    const int count = cover.existing(i);
-    if (count > 0) row.run(i, count, norm && kept ? kept + k * kThreads + threadIdx.x : nullptr);
+    const Spot at = cover.spot<Io::kOneOrigin>(place, k);
+    if (at.count > 0) row.run(at, norm && kept ? kept + k * kThreads + threadIdx.x : nullptr);
   }
 }
 
@@ -74,12 +79,15 @@ cudaError_t run_step_with_norms(const StepArgs<S>& args, bool dense, cudaStream_
 template <class S>
 cudaError_t run_step(const StepArgs<S>& args, bool dense, cudaStream_t stream) {
   Cover cover(args.batch, args.numel);
-  auto kernel = step<S, AnyIo, true, true>;
+  auto kernel = step<S, AnyIo, true, true, true>;
   if constexpr (sizeof(S) == sizeof(float)) {
-    if (dense && args.epsilon)
-      kernel = step<S, DenseIo, true, true>;
-    else if (dense)
-      kernel = args.registers ? step<S, DenseIo, true, false> : step<S, DenseIo, false, false>;
+    const bool plain = is_plain(args);
+    if (dense)
+      kernel = plain           ? step<S, DenseIo, false, false, false>
+               : !args.epsilon ? step<S, DenseIo, true, false, true>
+                               : step<S, DenseIo, true, true, true>;
+    else if (plain)
+      kernel = step<S, AnyIo, false, false, false>;
   }
   cover.follow(args.network.given() ? args.network : args.x);
   return launch(kernel, cover.grid(), dim3(kThreads), 0, stream, args, cover);

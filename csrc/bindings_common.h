@@ -91,9 +91,9 @@ inline TensorView view_like(const Home& home, const MaybeTensor& t, const Tensor
 
 inline void check_vector(const Home& home, const Tensor& t, int64_t batch, ScalarType dtype,
                          const char* name) {
-  STD_TORCH_CHECK(
-      home.has(t) && t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == batch, name,
-      ": expected a ", home.name, " vector of ", batch, " samples in the op's dtype");
+  STD_TORCH_CHECK(home.has(t) && t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == batch,
+                  name, ": expected a ", home.name, " vector of ", batch,
+                  " samples in the op's dtype");
 }
 
 template <class T>
@@ -211,8 +211,7 @@ sbm::StepArgs<S> step_args(const Home& home, const Tensor& x, const MaybeTensor&
                            const MaybeTensor& noise, const MaybeTensor& net_input,
                            const MaybeTensor& net_time, const MaybeTensor& first_bad) {
   constexpr ScalarType dtype = state_dtype<S>();
-  auto a =
-      common_args<S>(home, x, network, uncond, guidance, keys, row, coef, field, noise);
+  auto a = common_args<S>(home, x, network, uncond, guidance, keys, row, coef, field, noise);
   add_slots(home, a, registers, x);
   a.net_input = view_like(home, net_input, x, "net_input");
   check_alias(a.network, a.net_input, a.batch, "network", "net_input");

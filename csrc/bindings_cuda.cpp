@@ -35,7 +35,9 @@ struct Device {
 class Device {
  public:
   explicit Device(const Tensor& first)
-      : home(Home::cuda(first)), stream(current_stream(home.cuda_device)), guard_(home.cuda_device) {}
+      : home(Home::cuda(first)),
+        stream(current_stream(home.cuda_device)),
+        guard_(home.cuda_device) {}
   const Home home;
   const cudaStream_t stream;
 

@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "noise_kind.h"
-#include "tensor_view.h"
+#include "view_io.cuh"
 
 namespace sbm {
 namespace {
@@ -18,7 +18,8 @@ static_assert(kThreads * kGroup == kTile, "a block works on one tile at a time")
 struct Place {
   int64_t sample, first;
   int count, lane;
-  bool inside;  // false behind the last sample
+  uint32_t extent;  // elements from the first tile on, no more than the tiles hold
+  bool inside;      // false behind the last sample
 };
 
 struct Cover {
@@ -58,24 +59,36 @@ struct Cover {
     const int thread = int(threadIdx.x);
     if (shift < 8) {
       const int64_t sample = (int64_t(blockIdx.x) << (8 - shift)) + (thread >> shift);
-      return {sample, 0, 1, thread & ((1 << shift) - 1), sample < batch};
+      return {sample, 0, 1, thread & ((1 << shift) - 1), uint32_t(numel), sample < batch};
     }
     const uint32_t sample = blockIdx.x / blocks, part = blockIdx.x - sample * blocks;
     const int64_t first = int64_t(part) * per_block, left = tiles - first;
-    return {int64_t(sample), first, int(left < per_block ? left : per_block), thread, true};
+    const int count = left < per_block ? int(left) : per_block;
+    const int64_t exist = numel - first * kTile;
+    const uint32_t extent = uint32_t(exist < count * kTile ? exist : count * kTile);
+    return {int64_t(sample), first, count, thread, extent, true};
   }
 
-  // First element of the tile that is visited `turn`-th.
-  __device__ int64_t start(int64_t turn) const {
-    if (channels == 1) return turn * kTile;
-    const int64_t at = turn / channels;
-    return ((turn - at * channels) * channel_tiles + at) * kTile;
+  // A thread's elements in the k-th tile of its block. kOneOrigin: counted from the block's first
+  // tile, for dense samples of whole groups.
+  template <bool kOneOrigin>
+  __device__ __forceinline__ Spot spot(const Place& place, int k) const {
+    const uint32_t own = uint32_t(kGroup * place.lane);
+    if constexpr (kOneOrigin) {
+      const uint32_t local = uint32_t(k) * uint32_t(kTile) + own;
+      return {place.first * kTile, local, local < place.extent ? kGroup : 0};
+    }
+    const int64_t turn = place.first + k;
+    const int64_t origin = (channels == 1 ? turn : visited(turn)) * kTile;
+    const int64_t left = numel - origin - own;
+    return {origin, own, left >= kGroup ? kGroup : left > 0 ? int(left) : 0};
   }
 
-  // How many of the elements i … i+3 exist: 0 … 4.
-  __device__ int existing(int64_t i) const {
-    const int64_t left = numel - i;
-    return left >= kGroup ? kGroup : left > 0 ? int(left) : 0;
+ private:
+  // The tile whose turn it is.
+  __device__ int64_t visited(int64_t turn) const {
+    const int64_t place = turn / channels;
+    return (turn - place * channels) * channel_tiles + place;
   }
 };
 

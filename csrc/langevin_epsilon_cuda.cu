@@ -103,9 +103,9 @@ __device__ void finish(const StepArgs<S>& a, const Cover& cover, S* epsilon,
 
 // Every block sums its tiles; the last one to be done makes ε.
 template <class S, class Io>
-__global__ __launch_bounds__(kThreads) void squares(const __grid_constant__ StepArgs<S> a,
-                                                    const Cover cover, S* epsilon, S* workspace,
-                                                    bool coupled) {
+__global__ __launch_bounds__(kThreads, 1) void squares(const __grid_constant__ StepArgs<S> a,
+                                                       const Cover cover, S* epsilon, S* workspace,
+                                                       bool coupled) {
   SBM_DYNAMIC_SHARED(NormScratch<S>, scratch);
   const Place place = cover.place();
   RowSquares<S, Io> row(a, place.sample, place.inside);

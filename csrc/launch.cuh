@@ -4,8 +4,8 @@
 #include <cuda_runtime.h>
 
 // Shared memory of the size given to launch(), at least 16-byte aligned.
-#define SBM_DYNAMIC_SHARED(type, name)                                    \
-  extern __shared__ __align__(16) unsigned char sbm_dynamic_shared[];     \
+#define SBM_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char sbm_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(sbm_dynamic_shared)
 
 namespace sbm {

@@ -8,20 +8,19 @@ namespace sbm {
 namespace {
 
 template <NoiseKind kind>
-__global__ __launch_bounds__(kThreads) void fill(const __grid_constant__ TensorView out,
-                                                 const Cover cover, const uint64_t* keys,
-                                                 uint32_t draw, uint32_t stream) {
+__global__ __launch_bounds__(kThreads, 3) void fill(const __grid_constant__ TensorView out,
+                                                    const Cover cover, const uint64_t* keys,
+                                                    uint32_t draw, uint32_t stream) {
   const Place place = cover.place();
   if (!place.inside) return;
   const uint64_t key = keys[place.sample];
   for (int k = 0; k < place.count; ++k) {
-    const int64_t i = cover.start(place.first + k) + kGroup * place.lane;
-    const int count = cover.existing(i);
-    if (count == 0) return;
-    const Words words = sample_words(key, uint64_t(i) / kGroup, draw, stream);
+    const Spot at = cover.spot<false>(place, k);
+    if (at.count == 0) return;
+    const Words words = sample_words(key, uint64_t(at.first()) / kGroup, draw, stream);
     Quad<float> q;
     noise_values<CudaPack, kind>(words.w, q.v);
-    AnyIo::write(out, AnyIo::locate(out, place.sample, i, count), count, q);
+    AnyIo::write<true>(out, AnyIo::cursor(out, place.sample, 0), at, q);
   }
 }
 

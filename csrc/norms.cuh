@@ -30,14 +30,15 @@ __device__ __forceinline__ S square_root(S v) {
 
 // A norm row at four elements.
 template <class S, class Io>
-class RowSquares : public SampleRow<S, Io> {
+class RowSquares : public SampleRow<S, Io, true> {
  public:
   __device__ __forceinline__ RowSquares(const StepArgs<S>& a, int64_t sample, bool inside)
-      : SampleRow<S, Io>(a, a.registers, sample, inside) {}
+      : SampleRow<S, Io, true>(a, a.registers, sample, inside) {}
 
   // Where the row has a norm.
-  __device__ __forceinline__ void prepare() {
-    this->prepare_network();
+  __device__ __forceinline__ void prepare(int64_t origin) {
+    this->prepare_state(origin);
+    this->prepare_network(origin);
     this->prepare_noise();
     p_ = this->part(this->layout_.score_x());
     q_ = this->part(this->layout_.score_f());
@@ -45,25 +46,23 @@ class RowSquares : public SampleRow<S, Io> {
   }
 
   // z is left in `keep` where that is given and z is made here.
-  __device__ __forceinline__ void run(int64_t i, int count, Quad<S>& score, Quad<S>& noise,
+  __device__ __forceinline__ void run(const Spot& at, Quad<S>& score, Quad<S>& noise,
                                       Piece<float>* keep) const {
-    const Quad<S> x = this->state(i, count);
-    Quad<S> f = this->conditional(i, count);
-    const Quad<S> u = this->unconditional(i, count);
+    const Quad<S> x = this->state(at);
+    const Quad<S> f = this->network(at);
     Quad<S> z = all(S(0));
     if (a_.noise.given()) {
-      if (measures_noise_) z = this->given_noise(i, count);
+      if (measures_noise_) z = this->given_noise(at);
     } else if (measures_noise_ || keep) {
-      const Quad<float> made = this->normals(i);
+      const Quad<float> made = this->normals(at);
       if (keep) *keep = {{made.v[0], made.v[1], made.v[2], made.v[3]}};
       if (measures_noise_) z = this->as_state(made);
     }
-    this->guide(f, u);
     const Quad<S> s = form(p_, x, q_, f);
     SBM_UNROLL
     for (int e = 0; e < 4; ++e) {
-      score.v[e] = e < count ? s.v[e] * s.v[e] : S(0);
-      noise.v[e] = e < count ? z.v[e] * z.v[e] : S(0);
+      score.v[e] = e < at.count ? s.v[e] * s.v[e] : S(0);
+      noise.v[e] = e < at.count ? z.v[e] * z.v[e] : S(0);
     }
   }
 
@@ -80,7 +79,7 @@ class RowSquares : public SampleRow<S, Io> {
   }
 
  private:
-  using Base = SampleRow<S, Io>;
+  using Base = SampleRow<S, Io, true>;
   using Base::a_;
   using Base::b_;
   using Base::number;
@@ -123,8 +122,7 @@ __device__ __forceinline__ void tile_sums(Quad<S>& score, Quad<S>& noise, int sh
       noise.v[e] += __shfl_down_sync(kWarp, noise.v[e], unsigned(half));
     }
   }
-  for (Quad<S>* q : {&score, &noise})
-    q->v[0] = (q->v[0] + q->v[2]) + (q->v[1] + q->v[3]);
+  for (Quad<S>* q : {&score, &noise}) q->v[0] = (q->v[0] + q->v[2]) + (q->v[1] + q->v[3]);
 }
 
 // The neighbour tree over few values, in place; by one thread.
@@ -144,16 +142,15 @@ __device__ __forceinline__ SquareSums<S> block_squares(RowSquares<S, Io>& row, c
                                                        const Place& place, Piece<float>* keep,
                                                        NormScratch<S>& scratch) {
   const bool here = row.norm() != kNoNorm;
-  if (here) row.prepare();
+  if (here) row.prepare(place.first * kTile);
   // A block that serves one sample passes over it as one.
   const int count = cover.shift < 8 || here ? place.count : 0;
   SquareSums<S> sums = {S(0), S(0)};
   for (int k = 0; k < count; ++k) {
-    const int64_t i = (place.first + k) * kTile + kGroup * place.lane;
-    const int exist = cover.existing(i);
+    const Spot at = cover.spot<Io::kOneOrigin>(place, k);
     Quad<S> score = all(S(0)), noise = all(S(0));
-    if (here && exist > 0)
-      row.run(i, exist, score, noise, keep ? keep + k * kThreads + threadIdx.x : nullptr);
+    if (here && at.count > 0)
+      row.run(at, score, noise, keep ? keep + k * kThreads + threadIdx.x : nullptr);
     tile_sums(score, noise, cover.shift, scratch);
     sums = {score.v[0], noise.v[0]};
     if (count > 1 && threadIdx.x == 0) {

@@ -17,6 +17,13 @@ bool all_dense(const StepArgs<S>& a) {
   return dense;
 }
 
+// Whether a step needs neither kSlots nor kNorms nor kExtras (see below).
+template <class S>
+bool is_plain(const StepArgs<S>& a) {
+  const bool wide = a.network.dtype == DType::f64 || a.net_input.dtype == DType::f64;
+  return a.registers == 0 && !a.epsilon && !a.uncond.given() && !a.noise.given() && !wide;
+}
+
 template <class S>
 __device__ __forceinline__ S not_a_number() {
   return S(NAN);
@@ -49,88 +56,96 @@ __device__ __forceinline__ Quad<S> form(Split<S> p, const Quad<S>& x, Split<S> q
 // What a sample's row says and the sample brings to it; nothing is read before it is known that the
 // sample stands at a row. An input that the row needs and nobody gave is NaN: the host cannot look
 // at the table.
-template <class S, class Io>
+//
+// kExtras: guidance, noise that is given and float64 beside a float32 state are possible.
+template <class S, class Io, bool kExtras>
 class SampleRow {
  public:
   __device__ __forceinline__ SampleRow(const StepArgs<S>& a, int registers, int64_t sample,
                                        bool inside)
-      : a_(a), layout_{registers}, b_(sample), row_(inside ? a.row_of(sample) : -1) {}
+      : a_(a), layout_{registers}, b_(sample), row_(inside ? int32_t(a.row_of(sample)) : -1) {}
 
   __device__ __forceinline__ bool live() const { return row_ >= 0; }
   __device__ __forceinline__ int norm() const { return live() ? number(kNorm) : int(kNoNorm); }
 
  protected:
   __device__ __forceinline__ int number(Field lane) const {
-    return a_.field[row_ * kFields + lane];
+    return a_.field[int64_t(row_) * kFields + lane];
   }
   __device__ __forceinline__ S high(int lane) const {
-    return a_.coef[row_ * 2 * layout_.lanes() + lane];
+    return a_.coef[int64_t(row_) * 2 * layout_.lanes() + lane];
   }
   __device__ __forceinline__ S low(int lane) const { return high(layout_.lanes() + lane); }
   __device__ __forceinline__ Split<S> part(int lane) const { return {high(lane), low(lane)}; }
 
-  __device__ __forceinline__ void prepare_network() {
-    if (a_.uncond.given()) weight_ = guidance_weight(high(layout_.guidance()), a_.guidance[b_]);
+  __device__ __forceinline__ void prepare_state(int64_t origin) {
+    x_ = Io::template state_cursor<S>(a_.x, b_, origin);
+  }
+  __device__ __forceinline__ void prepare_network(int64_t origin) {
+    if (a_.network.given()) f_ = Io::cursor(a_.network, b_, origin);
+    if (guides()) weight_ = guidance_weight(high(layout_.guidance()), a_.guidance[b_]);
   }
   __device__ __forceinline__ void prepare_noise() {
-    if (a_.noise.given()) return;
+    if (noise_given()) return;
     key_ = a_.keys[b_], draw_ = uint32_t(number(kDraw)), stream_ = uint32_t(number(kStream));
   }
 
-  // F before guidance, to be asked for early; then guide().
-  __device__ __forceinline__ Quad<S> conditional(int64_t i, int count) const {
-    return a_.network.given() ? read(a_.network, i, count) : all(not_a_number<S>());
+  __device__ __forceinline__ bool guides() const { return kExtras && a_.uncond.given(); }
+  __device__ __forceinline__ bool noise_given() const { return kExtras && a_.noise.given(); }
+
+  __device__ __forceinline__ Quad<S> read(const TensorView& v, const Spot& at) const {
+    return Io::template read<S, kExtras>(v, Io::cursor(v, b_, at.origin), at);
   }
-  __device__ __forceinline__ Quad<S> unconditional(int64_t i, int count) const {
-    return a_.uncond.given() ? read(a_.uncond, i, count) : all(S(0));
+  __device__ __forceinline__ Quad<S> state(const Spot& at) const {
+    return Io::template read_state<S>(a_.x, x_, at);
   }
-  __device__ __forceinline__ void guide(Quad<S>& f, const Quad<S>& u) const {
-    if (!a_.uncond.given()) return;
+  __device__ __forceinline__ Quad<S> network(const Spot& at) const {
+    if (!a_.network.given()) return all(not_a_number<S>());
+    Quad<S> f = Io::template read<S, kExtras>(a_.network, f_, at);
+    if (!guides()) return f;
+    const Quad<S> u = read(a_.uncond, at);
     SBM_UNROLL
     for (int e = 0; e < 4; ++e) f.v[e] = guided(f.v[e], u.v[e], weight_);
+    return f;
   }
 
-  __device__ __forceinline__ Quad<float> normals(int64_t i) const {
-    const Words words = sample_words(key_, uint64_t(i) / 4, draw_, stream_);
+  __device__ __forceinline__ Quad<float> normals(const Spot& at) const {
+    const Words words = sample_words(key_, uint64_t(at.first()) / 4, draw_, stream_);
     Quad<float> z;
     noise_values<CudaPack, NoiseKind::normal>(words.w, z.v);
     return z;
   }
-  __device__ __forceinline__ Quad<S> given_noise(int64_t i, int count) const {
-    return read(a_.noise, i, count);
+  __device__ __forceinline__ Quad<S> given_noise(const Spot& at) const {
+    return read(a_.noise, at);
   }
   static __device__ __forceinline__ Quad<S> as_state(const Quad<float>& z) {
     return {{S(z.v[0]), S(z.v[1]), S(z.v[2]), S(z.v[3])}};
   }
 
-  __device__ __forceinline__ Quad<S> read(const TensorView& v, int64_t i, int count) const {
-    return Io::template read<S>(v, Io::locate(v, b_, i, count), count);
-  }
-  __device__ __forceinline__ Quad<S> state(int64_t i, int count) const {
-    return Io::template read_state<S>(a_.x, Io::locate(a_.x, b_, i, count), count);
-  }
-
   const StepArgs<S>& a_;
   const RowLayout layout_;
-  const int64_t b_, row_;
+  const int64_t b_;
+  const int32_t row_;
+  typename Io::Cursor x_ = {}, f_ = {};
   S weight_ = S(0);
   uint64_t key_ = 0;
   uint32_t draw_ = 0, stream_ = 0;
 };
 
 // The step itself. kSlots: the plan has registers. kNorms: rows may have a norm.
-template <class S, class Io, bool kSlots, bool kNorms>
-class RowStep : public SampleRow<S, Io> {
+template <class S, class Io, bool kSlots, bool kNorms, bool kExtras>
+class RowStep : public SampleRow<S, Io, kExtras> {
  public:
   __device__ __forceinline__ RowStep(const StepArgs<S>& a, int64_t sample, bool inside)
-      : SampleRow<S, Io>(a, kSlots ? a.registers : 0, sample, inside) {}
+      : SampleRow<S, Io, kExtras>(a, kSlots ? a.registers : 0, sample, inside) {}
 
   // epsilon is read where the row has a norm.
-  __device__ __forceinline__ void prepare(S epsilon) {
+  __device__ __forceinline__ void prepare(int64_t origin, S epsilon) {
     const bool norm = number(kNorm) != kNoNorm;
     langevin_ = kNorms && norm;
     slot_ = number(kSlot);
-    lost_ = (norm && !kNorms) || slot_ >= layout_.registers;
+    // What this launch cannot do turns x into NaN.
+    bool lost = (norm && !kNorms) || slot_ >= layout_.registers;
     if (slot_ >= layout_.registers) slot_ = -1;
     for (int k = 0; k < kRegister0; ++k) own_[k] = part(k);
     if (langevin_) add_langevin(epsilon);
@@ -151,61 +166,62 @@ class RowStep : public SampleRow<S, Io> {
       if (high(layout_.denoise_x()) != S(0)) uses_ |= 1u << kState;
     }
     if (langevin_) uses_ |= 1u << kNetwork | 1u << kNoise;
-    if (uses_ >> kNetwork & 1) this->prepare_network();
-    if (uses_ >> kNoise & 1) this->prepare_noise();
+    this->prepare_state(origin);
+    if (uses(kNetwork)) this->prepare_network(origin);
+    lost = lost || (uses(kNetwork) && !a_.network.given());
+    if (lost) own_[kState] = {not_a_number<S>(), S(0)}, out_ |= 1u << kState;
+    if (uses(kNoise)) this->prepare_noise();
     next_scale_ = high(layout_.next_scale());
+    if (a_.net_input.given()) net_input_ = Io::cursor(a_.net_input, b_, origin);
   }
 
   __device__ __forceinline__ void write_label() const {
     if (a_.net_time && next_scale_ != S(0)) a_.net_time[b_] = high(layout_.next_label());
   }
 
-  // Elements i … i+count−1. `kept`: their z, where it was made before.
-  __device__ __forceinline__ void run(int64_t i, int count, const Piece<float>* kept) const {
-    Values v;
+  // `kept`: z of these elements, where it was made before.
+  __device__ __forceinline__ void run(const Spot& at, const Piece<float>* kept) const {
+    Values v;  // what the row does not use stays empty, and is not read below
     // What comes from memory is asked for before the noise is made, and arrives meanwhile.
-    v.x = uses(kState) ? this->state(i, count) : all(S(0));
-    v.f = uses(kNetwork) ? this->conditional(i, count) : all(S(0));
-    const Quad<S> u = uses(kNetwork) ? this->unconditional(i, count) : all(S(0));
-    typename Io::Spot spot = {};
+    if (uses(kState)) v.x = this->state(at);
+    v.f = uses(kNetwork) ? this->network(at) : all(S(0));
     if constexpr (kSlots) {
-      spot = Io::locate(a_.slots[0], b_, i, count);  // all registers lie alike
       SBM_UNROLL
       for (int k = 0; k < kHeld; ++k)
-        v.held[k] = uses(kRegister0 + k) ? register_value(k, spot, count) : all(S(0));
+        if (uses(kRegister0 + k)) v.held[k] = register_value(k, at);
     }
-    v.z = uses(kNoise) ? noise(i, count, kept) : all(S(0));
-    if (uses(kNetwork)) {
-      this->guide(v.f, u);
-      note_bad(v.f);
-    }
-    v.d = uses(kDenoised) ? denoised(v) : all(S(0));
+    if (uses(kNoise)) v.z = noise(at, kept);
+    if (uses(kNetwork)) note_bad(v.f);
+    if (uses(kDenoised)) v.d = denoised(v);
 
     Quad<S> next = all(S(0)), written = all(S(0));
     if (kSlots && slot_ >= 0) {
       const int low = layout_.lanes() + layout_.write(), high = layout_.write();
-      add_terms(write_, spot, count, v, written, [&](int k) { return this->high(low + k); },
-                [&](int k) { return this->high(low + k); });
-      add_terms(write_, spot, count, v, written, [&](int k) { return this->high(high + k); },
-                [&](int k) { return this->high(high + k); });
+      add_terms(
+          write_, at, v, written, [&](int k) { return this->high(low + k); },
+          [&](int k) { return this->high(low + k); });
+      add_terms(
+          write_, at, v, written, [&](int k) { return this->high(high + k); },
+          [&](int k) { return this->high(high + k); });
     }
-    add_terms(out_, spot, count, v, next, [&](int k) { return own_[k].lo; },
-              [&](int k) { return register_part(k).lo; });
-    add_terms(out_, spot, count, v, next, [&](int k) { return own_[k].hi; },
-              [&](int k) { return register_part(k).hi; });
-    if (lost_) next = all(not_a_number<S>());
+    add_terms(
+        out_, at, v, next, [&](int k) { return own_[k].lo; },
+        [&](int k) { return register_part(k).lo; });
+    add_terms(
+        out_, at, v, next, [&](int k) { return own_[k].hi; },
+        [&](int k) { return register_part(k).hi; });
 
-    Io::write_state(a_.x, Io::locate(a_.x, b_, i, count), count, next);
-    if (kSlots && slot_ >= 0) Io::write_state(a_.slots[slot_], spot, count, written);
+    Io::write_state(a_.x, x_, at, next);
+    if (kSlots && slot_ >= 0) Io::write_state(a_.slots[slot_], slot(slot_, at), at, written);
     if (a_.net_input.given() && next_scale_ != S(0)) {
       SBM_UNROLL
       for (int e = 0; e < 4; ++e) next.v[e] = next_scale_ * next.v[e];
-      Io::write(a_.net_input, Io::locate(a_.net_input, b_, i, count), count, next);
+      Io::template write<kExtras>(a_.net_input, net_input_, at, next);
     }
   }
 
  private:
-  using Base = SampleRow<S, Io>;
+  using Base = SampleRow<S, Io, kExtras>;
   using Base::a_;
   using Base::b_;
   using Base::high;
@@ -213,11 +229,12 @@ class RowStep : public SampleRow<S, Io> {
   using Base::number;
   using Base::part;
   using Base::row_;
+  using Base::x_;
 
   // Registers whose values a thread asks for early and holds; the others are read twice.
-  static constexpr int kHeld = kSlots ? 2 : 1;
+  static constexpr int kHeld = kSlots && Io::kOneOrigin ? 2 : 0;
   struct Values {
-    Quad<S> x, f, d, z, held[kHeld];
+    Quad<S> x, f, d, z, held[kHeld > 0 ? kHeld : 1];
   };
 
   __device__ __forceinline__ bool uses(int source) const { return uses_ >> source & 1; }
@@ -239,14 +256,16 @@ class RowStep : public SampleRow<S, Io> {
   __device__ __forceinline__ Split<S> register_part(int k) const {
     return langevin_ ? split<S>(both(k)) : part(k);
   }
-  __device__ __forceinline__ Quad<S> register_value(int k, const typename Io::Spot& spot,
-                                                    int count) const {
-    return Io::template read_state<S>(a_.slots[k], spot, count);
+  __device__ __forceinline__ typename Io::Cursor slot(int k, const Spot& at) const {
+    return Io::template state_cursor<S>(a_.slots[k], b_, at.origin);
+  }
+  __device__ __forceinline__ Quad<S> register_value(int k, const Spot& at) const {
+    return Io::template read_state<S>(a_.slots[k], slot(k, at), at);
   }
 
-  __device__ __forceinline__ Quad<S> noise(int64_t i, int count, const Piece<float>* kept) const {
-    if (a_.noise.given()) return this->given_noise(i, count);
-    if (!kept) return this->as_state(this->normals(i));
+  __device__ __forceinline__ Quad<S> noise(const Spot& at, const Piece<float>* kept) const {
+    if (this->noise_given()) return this->given_noise(at);
+    if (!kept) return this->as_state(this->normals(at));
     const Piece<float> z = *kept;
     return this->as_state({{z.v[0], z.v[1], z.v[2], z.v[3]}});
   }
@@ -257,7 +276,7 @@ class RowStep : public SampleRow<S, Io> {
     SBM_UNROLL
     for (int e = 0; e < 4; ++e) finite = finite & (fabs(f.v[e]) < S(INFINITY));
     // Threads of a sample race here, but all of them write the same row.
-    if (!finite && a_.first_bad[b_] < 0) a_.first_bad[b_] = int32_t(row_);
+    if (!finite && a_.first_bad[b_] < 0) a_.first_bad[b_] = row_;
   }
 
   __device__ __forceinline__ Quad<S> denoised(const Values& v) const {
@@ -270,7 +289,7 @@ class RowStep : public SampleRow<S, Io> {
 
   // One half of combine(): the sources of `mask` in its order, the state last.
   template <class Part, class RegisterPart>
-  __device__ __forceinline__ void add_terms(uint32_t mask, const typename Io::Spot& spot, int count, const Values& v,
+  __device__ __forceinline__ void add_terms(uint32_t mask, const Spot& at, const Values& v,
                                             Quad<S>& acc, const Part& part,
                                             const RegisterPart& register_part) const {
     if (mask >> kNetwork & 1) add_term(part(kNetwork), v.f, acc);
@@ -282,17 +301,17 @@ class RowStep : public SampleRow<S, Io> {
         if (mask >> (kRegister0 + k) & 1) add_term(register_part(kRegister0 + k), v.held[k], acc);
       for (int k = kHeld; k < layout_.registers; ++k)
         if (mask >> (kRegister0 + k) & 1)
-          add_term(register_part(kRegister0 + k), register_value(k, spot, count), acc);
+          add_term(register_part(kRegister0 + k), register_value(k, at), acc);
     }
     if (mask >> kState & 1) add_term(part(kState), v.x, acc);
   }
 
-  Split<S> own_[kRegister0];           // of x' for x, F, D and z
+  Split<S> own_[kRegister0];                 // of x' for x, F, D and z
   uint32_t out_ = 0, write_ = 0, uses_ = 0;  // bit k: source k
   int slot_ = -1;
   S next_scale_ = S(0);
+  typename Io::Cursor net_input_ = {};
   bool langevin_ = false;
-  bool lost_ = false;  // the row asks for what this launch cannot do: x turns NaN
 };
 
 }  // namespace
