@@ -23,11 +23,11 @@ namespace {
 
 constexpr size_t kStack = 256 * 1024;
 constexpr size_t kMostShared = 163 * 1024;  // of a block on sm_80
-constexpr int kNaN = 0xff;  // as every byte of a float or double
+constexpr int kNaN = 0xff;                  // as every byte of a float or double
 
 // What the tests set and read through the functions at the end.
 struct Control {
-  int64_t seed = 0;                         // 0 forward, 1 backward, else shuffled
+  int64_t seed = 0;         // 0 forward, 1 backward, else shuffled
   int64_t last_blocks = 0;  // where not 0, only these blocks of a grid run
   int64_t launches = 0;
 } control;
@@ -299,8 +299,8 @@ struct Found {
   const char* file;
   unsigned line, column;
 };
-#define SANITIZER(name, ...)                                                         \
-  void __ubsan_handle_##name(Found* data, ##__VA_ARGS__) {                           \
+#define SANITIZER(name, ...)                                                                   \
+  void __ubsan_handle_##name(Found* data, ##__VA_ARGS__) {                                     \
     emulator::fail(std::string(#name " at ") + data->file + ":" + std::to_string(data->line)); \
   }
 void __ubsan_handle_type_mismatch_v1(Found* data, void* address) {

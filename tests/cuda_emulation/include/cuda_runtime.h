@@ -28,6 +28,16 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+#define EMULATED_VECTORS(T, name)                            \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };         \
+  struct alignas(16) name##4 { T x, y, z, w; };              \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
+  inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+EMULATED_VECTORS(float, float)
+EMULATED_VECTORS(double, double)
+EMULATED_VECTORS(unsigned, uint)
+#undef EMULATED_VECTORS
+
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -70,8 +80,7 @@ inline const char* cudaGetErrorString(cudaError_t e) { return emulator::message(
 
 // Default arguments are made where the call stands: that is how a meeting knows its place.
 #define EMULATED_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
-#define EMULATED_AT(kind) \
-  { emulator::Meeting::kind, file, line }
+#define EMULATED_AT(kind) {emulator::Meeting::kind, file, line}
 
 inline void __syncthreads(EMULATED_SITE) { emulator::meet_block(0, EMULATED_AT(block)); }
 inline int __syncthreads_count(int v, EMULATED_SITE) {
