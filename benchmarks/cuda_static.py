@@ -242,18 +242,28 @@ def readable(names: Iterable[str]) -> dict[str, str]:
     if not names or filt is None:
         return {n: n for n in names}
     run = subprocess.run([filt], input="\n".join(names), capture_output=True, text=True)
-    short = (
-        re.sub(r"\(anonymous namespace\)::|sbm::|_GLOBAL__N__\w+::|^void ", "", line)
-        for line in run.stdout.splitlines()
-    )
-    return {n: re.sub(r"\((?!.*>).*$", "", s) for n, s in zip(names, short, strict=True)}
+    out = {}
+    for name, line in zip(names, run.stdout.splitlines(), strict=True):
+        short = re.sub(r"\(anonymous namespace\)::|sbm::|_GLOBAL__N__\w+::|^void ", "", line)
+        depth, end = 0, len(short)
+        for n, letter in enumerate(short):
+            depth += (letter == "<") - (letter == ">")
+            if letter == "(" and depth == 0:
+                end = n
+                break
+        out[name] = short[:end]
+    return out
 
 
 # The step's fast path: the kernel, the bytes of an element, and what a row does there that makes
 # noise and reads x and F. Four elements are two Box–Muller pairs, each with a square root.
 FAST = {
     "float32 network": (12, r"step<float, DenseIo, false, false", {"LDG.E.128": 2, "STG.E.128": 1}),
-    "bfloat16 network": (10, r"step<float, DenseIo, false, false", {"LDG.E.64": 1, "STG.E.128": 1}),
+    "bfloat16 network": (
+        10,
+        r"step<float, DenseIo, false, false",
+        {"LDG.E.128": 1, "LDG.E.64": 1, "STG.E.128": 1},
+    ),
 }
 NORMALS = {"MUFU.RSQ": 2}
 ELEMENTS = 4

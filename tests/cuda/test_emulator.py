@@ -149,7 +149,7 @@ def test_votes_exchanges_and_dynamic_shared_memory(toy: Toy) -> None:
     for order in range(3):
         message, data = toy("dynamic", order)
         assert message == "no error"
-        expected = (63 - t) + 100 * (t // 8 * 8 + 3) 
+        expected = (63 - t) + 100 * (t // 8 * 8 + 3)
         assert data[:64].tolist() == expected.tolist()
         assert data[64:128].tolist() == torch.where(t % 16 < 14, t + 2, t).tolist()
         assert data[128:132].tolist() == [22.0, float(torch.tensor(0xAAAAAAAA).float()), 1.0, 0.0]

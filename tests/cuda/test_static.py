@@ -56,6 +56,16 @@ def test_ptxas() -> None:
     }
 
 
+def test_names_are_written_without_arguments() -> None:
+    names = {
+        "_ZN3sbm12_GLOBAL__N_14fillILNS_9NoiseKindE3EEEvNS_10TensorViewENS0_5CoverEPKmjj": (
+            "fill<(NoiseKind)3>"
+        ),
+        "_ZN3sbm4stepIfNS_3DryELb1EEEvNS_8StepArgsIT_EE": "step<float, Dry, true>",
+    }
+    assert cuda_static.readable(names) == names
+
+
 def test_block_sizes() -> None:
     elf = (
         ".nv.info._Z4stepi\n\t<0x3>\n\tAttribute:\tEIATTR_MAX_THREADS\n\tFormat:\tEIFMT_SVAL\n"
