@@ -43,18 +43,19 @@ def test_no_kernel_spills_and_registers_stay_under_their_caps(
     assert {(c.source, c.arch) for c in compiled} == {
         (s.name, arch) for s in SOURCES for arch in ("sm_80", "sm_90")
     }
-    unused = set(CAPS)
+    unused, wrong = set(CAPS), []
     for c in compiled:
         resources = cuda_static.parse_ptxas(c.log)
         names = cuda_static.readable(resources)
         assert resources, c.log
         for mangled, r in resources.items():
             name = names[mangled]
-            assert (r.stack, r.spill_stores, r.spill_loads) == (0, 0, 0), (name, c.arch, r)
             cap = next((p for p in CAPS if re.search(p, name)), None)
             assert cap is not None, f"{name} has no cap"
-            assert 0 < r.registers <= CAPS[cap], (name, c.arch, r.registers)
+            if r.stack or r.spill_stores or r.spill_loads or not 0 < r.registers <= CAPS[cap]:
+                wrong.append((name, c.arch, r))
             unused.discard(cap)
+    assert not wrong
     assert not unused
 
 

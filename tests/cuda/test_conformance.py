@@ -129,6 +129,19 @@ def test_random_rows(agree: Agree, registers: int) -> None:
         agree(random_case(registers, seed, shape, dtype=dtype, guided=seed % 3 == 0))
 
 
+@pytest.mark.parametrize("poison", ["x", "network", "H0", "H2"])
+def test_a_source_reaches_only_what_its_coefficients_say(agree: Agree, poison: str) -> None:
+    """Each of x' and the register's own coefficients gates what it reads: 0·NaN is no NaN."""
+    for seed in range(4):
+        shape = ((40, 7), (40, 32))[seed % 2]
+        case = random_case(3, seed, shape, dtype=DTYPES[seed // 2])
+        case.field[:, 3] = 0
+        bad = case.registers[int(poison[1])] if poison[0] == "H" else getattr(case, poison)
+        bad[:, ::3] = NAN
+        out = agree(case)
+        assert out["x"] is not None and out["x"].isnan().any() and out["x"].isfinite().any()
+
+
 @pytest.mark.parametrize("shape", [(16, 5), (8, 2052), (8, 3, 16, 16)])
 def test_what_a_row_does_not_read_cannot_leak(agree: Agree, shape: tuple[int, ...]) -> None:
     for name, poisons in {
