@@ -34,7 +34,7 @@ CXX_FLAGS = (
     "-ffp-contract=off -fno-math-errno -Wall -Wextra"
 ).split()
 NVCC_FLAGS = (
-    "-std=c++17 -O3 --Werror=all-warnings "
+    "-std=c++17 -O3 --fmad=false --Werror=all-warnings "
     "-Xcompiler=-fPIC,-g0,-fvisibility=hidden,-ffp-contract=off,-Wall"
 ).split()
 SIMD_FLAGS = {

@@ -24,11 +24,11 @@ struct StepArgs {
   int32_t* first_bad = nullptr;  // [batch]
 
   // The row that sample b stands at, −1 for none.
-  int64_t row_of(int64_t b) const {
+  SBM_BOTH int64_t row_of(int64_t b) const {
     const int64_t r = row[b * row_stride];
     return r < rows ? r : -1;
   }
-  int norm_of(int64_t b) const {
+  SBM_BOTH int norm_of(int64_t b) const {
     const int64_t r = row_of(b);
     return r < 0 ? int(kNoNorm) : int(field[r * kFields + kNorm]);
   }

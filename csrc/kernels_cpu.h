@@ -1,14 +1,10 @@
 // The CPU kernels as a table of functions, one table an instruction set.
 #pragma once
-#include "affine_step.h"
+#include "langevin_epsilon.h"
+#include "noise_kind.h"
 
 namespace sbm {
 
-enum class NoiseKind : int { normal, uniform, rademacher, words };
-
-// Elements that one call works on at most: small enough that its buffers stay in the L1 cache.
-// Reductions sum blocks of this size, so it is part of what results look like.
-constexpr int64_t kTile = 1024;
 // Buffers are filled in whole vectors and may be written past the tile's end by this much.
 constexpr int64_t kSlack = 64;
 
@@ -16,12 +12,6 @@ constexpr int64_t kSlack = 64;
 // only with first == 0 and count == numel.
 struct Tile {
   int64_t sample, samples, first, count;
-};
-
-// Σ s² and Σ z² of one sample's part of a tile.
-template <class S>
-struct SquareSums {
-  S score, noise;
 };
 
 struct CpuKernels {

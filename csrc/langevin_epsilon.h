@@ -4,6 +4,12 @@
 
 namespace sbm {
 
+// Σ s² and Σ z² of a sample or a part of one.
+template <class S>
+struct SquareSums {
+  S score, noise;
+};
+
 // Writes ε[b] for the row that sample b stands at (0 where that row has no norm). Of `args` it
 // reads x, network, uncond, guidance, keys, noise, row, coef and field. Where `keep_noise`
 // [batch, numel] is given, the z of rows with a norm is left there.

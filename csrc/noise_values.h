@@ -1,7 +1,7 @@
 // The four values of one Philox call, by kind of noise.
 #pragma once
 #include "gaussian.h"
-#include "kernels_cpu.h"
+#include "noise_kind.h"
 
 namespace sbm {
 

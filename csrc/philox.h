@@ -4,14 +4,19 @@
 #include <stdint.h>
 
 #if defined(__CUDACC__)
+#define SBM_BOTH __host__ __device__  // for members
 #define SBM_HD static __host__ __device__ __forceinline__
 #else
+#define SBM_BOTH
 #define SBM_HD static inline __attribute__((always_inline))
 #endif
 
 // Before a loop over a few compile-time steps, and before one over independent elements.
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #define SBM_UNROLL _Pragma("unroll")
+#define SBM_IVDEP
+#elif defined(__CUDACC__)  // nvcc's look at the host code
+#define SBM_UNROLL
 #define SBM_IVDEP
 #elif defined(__clang__)
 #define SBM_UNROLL _Pragma("GCC unroll 16")
@@ -32,9 +37,19 @@ struct Words {
   uint32_t w[4];
 };
 
+SBM_HD uint64_t wide_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;  // from the multiplication of 64-bit numbers nvcc makes one instruction more
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t(a) * b;
+#endif
+}
+
 SBM_HD Words philox(Words c, uint32_t k0, uint32_t k1) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t p0 = uint64_t(kPhiloxM0) * c.w[0], p1 = uint64_t(kPhiloxM1) * c.w[2];
+    const uint64_t p0 = wide_product(kPhiloxM0, c.w[0]), p1 = wide_product(kPhiloxM1, c.w[2]);
     c = {{uint32_t(p1 >> 32) ^ c.w[1] ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.w[3] ^ k1,
           uint32_t(p0)}};
     k0 += kPhiloxW0;

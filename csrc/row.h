@@ -19,18 +19,18 @@ enum Field { kSlot, kStream, kDraw, kNorm, kFields };
 // Where the real lanes of a packed row stand; a row has `lanes` high parts, then as many low ones.
 struct RowLayout {
   int registers;
-  constexpr int sources() const { return kRegister0 + registers; }
-  constexpr int write() const { return sources(); }
-  constexpr int denoise_x() const { return 2 * sources(); }
-  constexpr int denoise_f() const { return denoise_x() + 1; }
-  constexpr int limit() const { return denoise_x() + 2; }
-  constexpr int next_scale() const { return denoise_x() + 3; }
-  constexpr int next_label() const { return denoise_x() + 4; }
-  constexpr int guidance() const { return denoise_x() + 5; }
-  constexpr int step_scale() const { return denoise_x() + 6; }
-  constexpr int score_x() const { return denoise_x() + 7; }
-  constexpr int score_f() const { return denoise_x() + 8; }
-  constexpr int lanes() const { return denoise_x() + 9; }
+  SBM_BOTH constexpr int sources() const { return kRegister0 + registers; }
+  SBM_BOTH constexpr int write() const { return sources(); }
+  SBM_BOTH constexpr int denoise_x() const { return 2 * sources(); }
+  SBM_BOTH constexpr int denoise_f() const { return denoise_x() + 1; }
+  SBM_BOTH constexpr int limit() const { return denoise_x() + 2; }
+  SBM_BOTH constexpr int next_scale() const { return denoise_x() + 3; }
+  SBM_BOTH constexpr int next_label() const { return denoise_x() + 4; }
+  SBM_BOTH constexpr int guidance() const { return denoise_x() + 5; }
+  SBM_BOTH constexpr int step_scale() const { return denoise_x() + 6; }
+  SBM_BOTH constexpr int score_x() const { return denoise_x() + 7; }
+  SBM_BOTH constexpr int score_f() const { return denoise_x() + 8; }
+  SBM_BOTH constexpr int lanes() const { return denoise_x() + 9; }
 };
 
 SBM_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }

@@ -1,7 +1,7 @@
 // A tensor as the kernels see it: [samples, numel] in the sample's logical C order, however it lies
 // in memory.
 #pragma once
-#include <stdint.h>
+#include "philox.h"
 
 namespace sbm {
 
@@ -15,8 +15,8 @@ struct TensorView {
   int dims = 0;               // of a sample, adjacent ones merged where memory allows
   int64_t size[kMaxDims] = {}, stride[kMaxDims] = {};
 
-  bool given() const { return data != nullptr; }
-  bool dense() const { return dims == 0 || (dims == 1 && stride[0] == 1); }
+  SBM_BOTH bool given() const { return data != nullptr; }
+  SBM_BOTH bool dense() const { return dims == 0 || (dims == 1 && stride[0] == 1); }
 };
 
 }  // namespace sbm

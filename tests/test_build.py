@@ -29,7 +29,7 @@ NVCC = """#!/bin/bash
 arguments=()
 for a in "$@"; do
   case "$a" in
-    --Werror=*|-gencode=*|-cudart=*) ;;
+    --Werror=*|--fmad=*|-gencode=*|-cudart=*) ;;
     -Xcompiler=*|-Xlinker=*) ;;
     *.cu) arguments+=(-x c++ "$a") ;;
     *) arguments+=("$a") ;;
