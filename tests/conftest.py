@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "ops"), str(HERE / "statistics")]
+HELPERS = (".", "ops", "statistics", "cuda_emulation")
+sys.path[:0] = [str(HERE / folder) for folder in HELPERS]
 
 # Before anything imports Triton, which looks at it when a kernel is defined.
 if not torch.cuda.is_available():

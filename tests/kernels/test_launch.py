@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from sbm_fast.kernels import _launch, _philox, _row, langevin_epsilon
 
+pytestmark = [pytest.mark.gpu] if GPU else []
 DEVICE = BACKENDS["triton"].device
 NAN = float("nan")
 
@@ -249,7 +250,6 @@ def test_the_kernels_are_found_by_the_ops_names() -> None:
         kernels.__getattr__("affine_step")
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
 @pytest.mark.parametrize("names", [("plain",), ("batch_mean", "per_sample")])
 def test_a_graph_replays_the_step(names: tuple[str, ...]) -> None:

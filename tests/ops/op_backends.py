@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import emulated
 import pytest
 import torch
 from torch import Tensor
@@ -39,18 +40,27 @@ if _load.COMPILED:
     BACKENDS["cpu"] = Backend(torch.ops.sbm_fast)
 if GPU and cuda_compiled():
     BACKENDS["cuda"] = Backend(torch.ops.sbm_fast, "cuda")
+elif not GPU and not emulated.missing():
+    BACKENDS["cuda"] = Backend(emulated, slow=True)
 if not triton_missing():
     if not GPU:
         import triton_interpreter  # noqa: F401  # exact, and before the kernels
     BACKENDS["triton"] = Backend(kernels, "cuda" if GPU else "cpu", slow=not GPU)
 
-each = pytest.mark.parametrize("backend", BACKENDS)
+
+def parameters(backend: str, *values: Any) -> Any:
+    """Parameters of a test; marked `gpu` where the backend runs on one."""
+    marks = [pytest.mark.gpu] if BACKENDS[backend].device == "cuda" else []
+    return pytest.param(backend, *values, marks=marks)
+
+
+each = pytest.mark.parametrize("backend", [parameters(name) for name in BACKENDS])
 
 
 def over(names: str, values: Sequence[Any], few: Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrises `backend` and `names`: slow backends with `few` of the values."""
     cases = [
-        (backend, *(value if "," in names else (value,)))
+        parameters(backend, *(value if "," in names else (value,)))
         for backend, properties in BACKENDS.items()
         for value in (few if properties.slow else values)
     ]

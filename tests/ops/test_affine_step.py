@@ -6,7 +6,7 @@ from dataclasses import replace
 import op_cases as cases
 import pytest
 import torch
-from op_backends import BACKENDS, call, each, is_slow, over
+from op_backends import BACKENDS, call, each, is_slow, over, parameters
 from op_cases import ROWS
 from torch import Tensor
 
@@ -162,7 +162,7 @@ def test_clamp_bounds_the_estimate(backend: str) -> None:
 
 @each
 def test_nothing_outside_the_outputs_is_written(backend: str) -> None:
-    for numel in (5, 129) if is_slow(backend) else (1, 5, 63, 65, 1023, 1025):
+    for numel in (129,) if is_slow(backend) else (1, 5, 63, 65, 1023, 1025):
         case = cases.make((10, numel))
         band = torch.full((12, numel + 40), NAN)
         band[1:11, 20 : 20 + numel] = case.x
@@ -243,9 +243,11 @@ def test_backends_agree() -> None:
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled part")
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("cpu", "eager")])
+@pytest.mark.parametrize(
+    "backend", [parameters(name) for name in BACKENDS if name not in ("cpu", "eager")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(10, 6), (10, 2, 33, 17), (10, 5, 31, 29)])
+@pytest.mark.parametrize("shape", [(10, 6), (10, 5, 31, 29)])
 def test_kernels_give_the_bits_of_the_cpu(
     shape: tuple[int, ...], dtype: torch.dtype, backend: str
 ) -> None:
