@@ -1,8 +1,8 @@
-"""Makes the emulator, the cases and the benchmarks importable."""
+"""Makes the cases and the benchmarks importable."""
 
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests" / "cuda_emulation")]
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(ROOT))
