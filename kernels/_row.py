@@ -37,7 +37,8 @@ def pointers(view, at):
     base, strides = view[0], view[1]
     b, start, lane = at[0], at[1], at[2]
     if strides is None:
-        where = base + (b * at[4] + start) + lane
+        # Four elements a thread whatever their type, as noise is made: nothing changes threads.
+        where = tl.max_contiguous(base + (b * at[4] + start) + lane, 4)
     else:
         sizes = at[5]
         DIMS: tl.constexpr = len(strides) - 1
@@ -107,9 +108,10 @@ def row_noise(noise, keys, numbers, at, gate, S: tl.constexpr, BLOCK: tl.constex
     """The given noise, or normals of the sample's own draw and stream; zeros outside the tile."""
     if noise[0] is None:
         z = tl.zeros([BLOCK], S)
+        key = tl.load(keys + at[0])
+        stream, draw = tl.load(numbers + STREAM), tl.load(numbers + DRAW)
         if gate:
-            stream, draw = tl.load(numbers + STREAM), tl.load(numbers + DRAW)
-            z = normals(tl.load(keys + at[0]), at[1], draw, stream, BLOCK).to(S)
+            z = normals(key, at[1], draw, stream, BLOCK).to(S)
             z = tl.where(at[3], z, 0.0)
     else:
         z = read(noise, at, gate, S)

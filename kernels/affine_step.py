@@ -144,13 +144,13 @@ def step(
     state = read(x, at, both | (reads[len(hi) - 1] != 0), S)
     uses_f = both | (reads[0] != 0)
     f = guided_network(network, uncond, guidance, lanes + REST + GUIDANCE, at, uses_f, S)
-    if first_bad is not None:
-        note_bad(first_bad, f, at, r)
     held = ()
     for k in tl.static_range(REGISTERS):
         slot_k = (registers[0] + tl.cast(slot_stride, tl.int64) * k, registers[1])
         held = held + (read(slot_k, at, reads[3 + k] != 0, S),)
     z = row_noise(noise, keys, numbers, at, (norm != 0) | (reads[2] != 0), S, BLOCK)
+    if first_bad is not None:
+        note_bad(first_bad, f, at, r)
 
     if epsilon is None:  # a promise that no row here has a norm; NaN shows where it does not hold
         hi = (tl.where(norm != 0, float("nan"), hi[0]).to(S),) + hi[1:]

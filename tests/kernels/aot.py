@@ -64,6 +64,7 @@ def measure(kernel: Any, given: Specification, warps: int, arch: int) -> dict[st
         "shared": compiled.metadata.shared,
         "wide_loads": len(re.findall(r"ld\.global\.v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global\.v4\.b32", ptx)),
+        "half_loads": len(re.findall(r"ld\.global\.v2\.b32", ptx)),
         "fused": len(re.findall(r"\bfma\.rn", ptx)),
         "converts": compiled.asm["ttgir"].count("ttg.convert_layout"),
         "seconds": time.perf_counter() - begin,
