@@ -2,12 +2,12 @@
 
     python benchmarks/gpu_lab.py --out FOLDER            (or python -m benchmarks.gpu_lab)
     python benchmarks/gpu_lab.py --out FOLDER --dry-run  all of it on a CPU in tiny sizes
-    python benchmarks/gpu_lab.py --readme                README's table from the kept record
 
 FOLDER gets lab.json (everything), table.txt (the same for people, printed at the end), build.log,
 tests.log and lab.log (what the other phases printed). It takes at most 8 minutes, begins with what
 matters most, and lab.json is rewritten as it goes, so a run cut short leaves its part. The GPU's
-settings are read, never changed. To keep a run: copy its lab.json to benchmarks/results/gpu.json.
+settings are read, never changed. To keep a run: copy its lab.json to benchmarks/results/gpu.json;
+`python -m benchmarks.readme --write` then puts its table into README.
 """
 
 import argparse
@@ -89,19 +89,11 @@ def laboratory(folder: Path, dry_run: bool, seconds: float, only: list[str] | No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="the folder for record, table and logs")
+    parser.add_argument("--out", type=Path, required=True, help="for record, table and logs")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, in tiny sizes")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
     parser.add_argument("--only", nargs="+", choices=list(MOST), help="these phases")
-    parser.add_argument("--readme", action="store_true", help="print README's table and end")
     arguments = parser.parse_args()
-    if arguments.readme:
-        from benchmarks.gpu.readme import markdown  # imports torch
-
-        print(markdown())
-        return
-    if arguments.out is None:
-        parser.error("--out: expected a folder")
     if not arguments.dry_run and (reason := why_no_gpu()):
         sys.exit(f"gpu_lab: needs an NVIDIA GPU ({reason}); --dry-run goes through it on a CPU")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

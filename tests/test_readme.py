@@ -1,26 +1,27 @@
 """What the README states comes from the record, and its example runs."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_speed_table_is_the_record() -> None:
-    made = subprocess.run(
-        [sys.executable, "-m", "benchmarks.markdown"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        encoding="utf-8",
-    ).stdout.strip()
-    assert made and made in README
+@pytest.fixture(autouse=True)
+def _checkout_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+
+
+def test_tables_are_the_records() -> None:
+    from benchmarks.readme import sections, with_section
+
+    for name, section in sections().items():
+        assert with_section(README, name, section) == README, f"{name}: run benchmarks.readme"
+    with pytest.raises(ValueError, match="no section between <!-- other: begin -->"):
+        with_section(README, "other", "")
 
 
 def test_first_example_runs_as_it_stands() -> None:

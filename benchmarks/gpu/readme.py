@@ -5,7 +5,8 @@ from typing import Any
 
 from benchmarks.gpu.files import read_json
 from benchmarks.gpu.table import NOT_RUN, facts
-from benchmarks.markdown import ROOT, _ratio
+from benchmarks.machine import ROOT
+from benchmarks.markdown import ratio_cell
 
 RECORD = ROOT / "benchmarks" / "results" / "gpu.json"
 BASELINES = ("score_sde", "tuned", "torch.compile", "torch.compile, in a CUDA graph", "torch.randn")
@@ -44,7 +45,7 @@ def rows(entry: dict[str, Any]) -> list[str]:
         if entry.get("bytes_per_element") == 10:
             name += ", bfloat16 network"
         cells = [name, label, f"{result['median'] * 1e6:.1f}", share(result.get("fraction"))]
-        cells += [_ratio(result["ratios"].get(baseline)) for baseline in BASELINES]
+        cells += [ratio_cell(result["ratios"].get(baseline)) for baseline in BASELINES]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

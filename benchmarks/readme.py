@@ -1,0 +1,77 @@
+"""README's tables, made from the records in benchmarks/results.
+
+python -m benchmarks.readme          prints them
+python -m benchmarks.readme --write  puts them into README.md
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import cuda_static, markdown
+from benchmarks.gpu import readme as gpu
+from benchmarks.machine import ROOT
+from benchmarks.report import RECORD as CPU_RECORD
+
+README = ROOT / "README.md"
+
+
+def sections() -> dict[str, str]:
+    """What stands between `<!-- name: begin -->` and `<!-- name: end -->`."""
+    return {
+        "speed": markdown.table(_read(CPU_RECORD)),
+        "gpu": gpu.markdown(),
+        "cuda static": static_figures(_read(cuda_static.RECORD)),
+    }
+
+
+def static_figures(record: dict[str, Any]) -> str:
+    """The hot loop of the step for sm_90: what the compiler made of it, and what that predicts."""
+    lines = [
+        "| network output | registers | spills | blocks of 256 threads an SM | instructions an "
+        "element | of the issue rate at copy speed | predicted limit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for network, loop in record["fast_path"]["sm_90"].items():
+        kernel = record["kernels"]["sm_90"][loop["kernel"]]
+        busy = loop["h200"]["busy_at_memory_speed"]["issue"]
+        lines.append(
+            f"| {network.removesuffix(' network')} | {kernel['registers']} | "
+            f"{kernel['spill_stores'] + kernel['spill_loads']} | "
+            f"{kernel['blocks_per_multiprocessor']} | {loop['instructions_per_element']:g} | "
+            f"{busy:.0%} | {loop['h200']['limited_by']} |"
+        )
+    nvcc = record["nvcc"].partition("/")[0].removeprefix("Build ")
+    note = f"Calculated from the disassembly for sm_90, {record['command']}, nvcc {nvcc}; not run on a GPU."
+    return "\n".join([*lines, "", note.replace(record["command"], f"`{record['command']}`")])
+
+
+def with_section(readme: str, name: str, text: str) -> str:
+    """README's text with one section replaced; ValueError where its marks are missing."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, mark, rest = readme.partition(begin)
+    if not mark or end not in rest:
+        raise ValueError(f"{README.name}: no section between {begin} and {end}")
+    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--write", action="store_true")
+    if not parser.parse_args().write:
+        print("\n\n".join(sections().values()))
+        return
+    text = README.read_text(encoding="utf-8")
+    for name, section in sections().items():
+        text = with_section(text, name, section)
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
