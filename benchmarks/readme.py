@@ -43,8 +43,8 @@ def static_figures(record: dict[str, Any]) -> str:
             f"{busy:.0%} | {loop['h200']['limited_by']} |"
         )
     nvcc = record["nvcc"].partition("/")[0].removeprefix("Build ")
-    note = f"Calculated from the disassembly for sm_90, {record['command']}, nvcc {nvcc}; not run on a GPU."
-    return "\n".join([*lines, "", note.replace(record["command"], f"`{record['command']}`")])
+    note = f"Calculated for sm_90 from the disassembly, not run on a GPU: `{record['command']}`"
+    return "\n".join([*lines, "", f"{note}, nvcc {nvcc}."])
 
 
 def with_section(readme: str, name: str, text: str) -> str:
