@@ -94,8 +94,7 @@ void step(const Tensor& x, const MaybeTensor& network, const MaybeTensor& uncond
   check_time(a);
   MaybeTensor own;
   S* memory = nullptr;
-  if (sbm::needs_workspace(a.batch, a.numel, a.epsilon != nullptr, coupled))
-    memory = workspace_of(device.home, workspace, a, x, own);
+  if (sbm::needs_workspace(a, coupled)) memory = workspace_of(device.home, workspace, a, x, own);
   check(sbm::affine_step_cuda(a, memory, coupled, device.stream), "affine_step_");
 }
 

@@ -55,6 +55,12 @@ struct Cover {
     channels = v.size[0], channel_tiles = v.size[1] / kTile;
   }
 
+  // Places of a block in shared memory where each warp has one of its own for each of its samples.
+  int places() const { return kThreads >> (shift < 5 ? shift : 5); }
+  __device__ __forceinline__ int own_place() const {
+    return int(threadIdx.x) >> (shift < 5 ? shift : 5);
+  }
+
   __device__ Place place() const {
     const int thread = int(threadIdx.x);
     if (shift < 8) {

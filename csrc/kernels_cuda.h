@@ -14,8 +14,9 @@ inline int64_t workspace_size(int64_t batch, int64_t numel) {
   return 4 + 2 * batch * (1 + (numel + kTile - 1) / kTile);
 }
 
-// Whether the step needs the workspace: rows may have norms and they don't fit one block a sample.
-bool needs_workspace(int64_t batch, int64_t numel, bool epsilon, bool coupled);
+// Whether the step needs the workspace: rows may have norms, and one block a sample won't do.
+template <class S>
+bool needs_workspace(const StepArgs<S>& args, bool coupled);
 
 // The row of every sample. With args.epsilon == nullptr no row may have a norm (x turns NaN where
 // one has). coupled == false: a batch_mean row gets ε = NaN.

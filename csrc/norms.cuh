@@ -13,7 +13,10 @@ constexpr unsigned kWarp = 0xffffffffu;
 // A block's shared memory while it sums squares.
 template <class S>
 struct NormScratch {
-  Piece<S> upper[2][kThreads / 2];
+  union {
+    Piece<S> upper[2][kThreads / 2];
+    Parked<S> parked[kThreads];  // after the sums
+  };
   S tile[2][kMostTiles];
   S epsilon[kThreads];
   uint32_t counts[kThreads / 32];
@@ -39,7 +42,7 @@ class RowSquares : public SampleRow<S, Io, true> {
   __device__ __forceinline__ void prepare(int64_t origin) {
     this->prepare_state(origin);
     this->prepare_network(origin);
-    this->prepare_noise();
+    key_ = this->noise_key();
     p_ = this->part(this->layout_.score_x());
     q_ = this->part(this->layout_.score_f());
     measures_noise_ = number(kNorm) != kSqrtD;
@@ -54,7 +57,7 @@ class RowSquares : public SampleRow<S, Io, true> {
     if (a_.noise.given()) {
       if (measures_noise_) z = this->given_noise(at);
     } else if (measures_noise_ || keep) {
-      const Quad<float> made = this->normals(at);
+      const Quad<float> made = this->normals(key_, at);
       if (keep) *keep = {{made.v[0], made.v[1], made.v[2], made.v[3]}};
       if (measures_noise_) z = this->as_state(made);
     }
@@ -85,6 +88,7 @@ class RowSquares : public SampleRow<S, Io, true> {
   using Base::number;
 
   Split<S> p_ = {S(0), S(0)}, q_ = {S(0), S(0)};
+  NoiseKey key_ = {};
   bool measures_noise_ = false;
 };
 

@@ -53,6 +53,12 @@ __device__ __forceinline__ Quad<S> form(Split<S> p, const Quad<S>& x, Split<S> q
   return acc;
 }
 
+// Where a sample's noise comes from.
+struct alignas(16) NoiseKey {
+  uint64_t key;
+  uint32_t draw, stream;
+};
+
 // What a sample's row says and the sample brings to it; nothing is read before it is known that the
 // sample stands at a row. An input that the row needs and nobody gave is NaN: the host cannot look
 // at the table.
@@ -85,9 +91,9 @@ class SampleRow {
     if (a_.network.given()) f_ = Io::cursor(a_.network, b_, origin);
     if (guides()) weight_ = guidance_weight(high(layout_.guidance()), a_.guidance[b_]);
   }
-  __device__ __forceinline__ void prepare_noise() {
-    if (noise_given()) return;
-    key_ = a_.keys[b_], draw_ = uint32_t(number(kDraw)), stream_ = uint32_t(number(kStream));
+  __device__ __forceinline__ NoiseKey noise_key() const {
+    if (noise_given()) return {};
+    return {a_.keys[b_], uint32_t(number(kDraw)), uint32_t(number(kStream))};
   }
 
   __device__ __forceinline__ bool guides() const { return kExtras && a_.uncond.given(); }
@@ -109,8 +115,8 @@ class SampleRow {
     return f;
   }
 
-  __device__ __forceinline__ Quad<float> normals(const Spot& at) const {
-    const Words words = sample_words(key_, uint64_t(at.first()) / 4, draw_, stream_);
+  static __device__ __forceinline__ Quad<float> normals(const NoiseKey& k, const Spot& at) {
+    const Words words = sample_words(k.key, uint64_t(at.first()) / 4, k.draw, k.stream);
     Quad<float> z;
     noise_values<CudaPack, NoiseKind::normal>(words.w, z.v);
     return z;
@@ -128,16 +134,27 @@ class SampleRow {
   const int32_t row_;
   typename Io::Cursor x_ = {}, f_ = {};
   S weight_ = S(0);
-  uint64_t key_ = 0;
-  uint32_t draw_ = 0, stream_ = 0;
+};
+
+// What a row needs before and after its noise is made lies in shared memory: registers are what
+// limits the threads of a multiprocessor.
+template <class S>
+struct Parked {
+  struct {
+    Piece<S> high, low;
+  } own;  // coefficients of x' for x, F, D and z
+  NoiseKey noise;
+  S next_scale;
 };
 
 // The step itself. kSlots: the plan has registers. kNorms: rows may have a norm.
 template <class S, class Io, bool kSlots, bool kNorms, bool kExtras>
 class RowStep : public SampleRow<S, Io, kExtras> {
  public:
-  __device__ __forceinline__ RowStep(const StepArgs<S>& a, int64_t sample, bool inside)
-      : SampleRow<S, Io, kExtras>(a, kSlots ? a.registers : 0, sample, inside) {}
+  // `parked`: this sample's place in shared memory, of this warp alone.
+  __device__ __forceinline__ RowStep(const StepArgs<S>& a, int64_t sample, bool inside,
+                                     Parked<S>* parked)
+      : SampleRow<S, Io, kExtras>(a, kSlots ? a.registers : 0, sample, inside), parked_(parked) {}
 
   // epsilon is read where the row has a norm.
   __device__ __forceinline__ void prepare(int64_t origin, S epsilon) {
@@ -147,11 +164,12 @@ class RowStep : public SampleRow<S, Io, kExtras> {
     // What this launch cannot do turns x into NaN.
     bool lost = (norm && !kNorms) || slot_ >= layout_.registers;
     if (slot_ >= layout_.registers) slot_ = -1;
-    for (int k = 0; k < kRegister0; ++k) own_[k] = part(k);
-    if (langevin_) add_langevin(epsilon);
+    Split<S> own[kRegister0];
+    for (int k = 0; k < kRegister0; ++k) own[k] = part(k);
+    if (langevin_) add_langevin(own, epsilon);
     out_ = write_ = 0;
     for (int k = 0; k < kRegister0; ++k) {
-      if (own_[k].hi != S(0)) out_ |= 1u << k;
+      if (own[k].hi != S(0)) out_ |= 1u << k;
       if (slot_ >= 0 && high(layout_.write() + k) != S(0)) write_ |= 1u << k;
     }
     if constexpr (kSlots) {
@@ -169,17 +187,20 @@ class RowStep : public SampleRow<S, Io, kExtras> {
     this->prepare_state(origin);
     if (uses(kNetwork)) this->prepare_network(origin);
     lost = lost || (uses(kNetwork) && !a_.network.given());
-    if (lost) own_[kState] = {not_a_number<S>(), S(0)}, out_ |= 1u << kState;
-    if (uses(kNoise)) this->prepare_noise();
-    next_scale_ = high(layout_.next_scale());
+    if (lost) own[kState] = {not_a_number<S>(), S(0)}, out_ |= 1u << kState;
+    // All threads that share the place write the same numbers, and each reads after its own write.
+    for (int k = 0; k < kRegister0; ++k)
+      parked_->own.high.v[k] = own[k].hi, parked_->own.low.v[k] = own[k].lo;
+    if (uses(kNoise)) parked_->noise = this->noise_key();
+    parked_->next_scale = high(layout_.next_scale());
     if (a_.net_input.given()) net_input_ = Io::cursor(a_.net_input, b_, origin);
   }
 
   __device__ __forceinline__ void write_label() const {
-    if (a_.net_time && next_scale_ != S(0)) a_.net_time[b_] = high(layout_.next_label());
+    if (a_.net_time && parked_->next_scale != S(0)) a_.net_time[b_] = high(layout_.next_label());
   }
 
-  // `kept`: z of these elements, where it was made before.
+  // `kept`: z of these elements, made before for a row with a norm; or null.
   __device__ __forceinline__ void run(const Spot& at, const Piece<float>* kept) const {
     Values v;  // what the row does not use stays empty, and is not read below
     // What comes from memory is asked for before the noise is made, and arrives meanwhile.
@@ -204,18 +225,20 @@ class RowStep : public SampleRow<S, Io, kExtras> {
           write_, at, v, written, [&](int k) { return this->high(high + k); },
           [&](int k) { return this->high(high + k); });
     }
+    const auto own = fetch_parked(parked_->own);
     add_terms(
-        out_, at, v, next, [&](int k) { return own_[k].lo; },
+        out_, at, v, next, [&](int k) { return own.low.v[k]; },
         [&](int k) { return register_part(k).lo; });
     add_terms(
-        out_, at, v, next, [&](int k) { return own_[k].hi; },
+        out_, at, v, next, [&](int k) { return own.high.v[k]; },
         [&](int k) { return register_part(k).hi; });
 
     Io::write_state(a_.x, x_, at, next);
     if (kSlots && slot_ >= 0) Io::write_state(a_.slots[slot_], slot(slot_, at), at, written);
-    if (a_.net_input.given() && next_scale_ != S(0)) {
+    const S scale = fetch_parked(parked_->next_scale);
+    if (a_.net_input.given() && scale != S(0)) {
       SBM_UNROLL
-      for (int e = 0; e < 4; ++e) next.v[e] = next_scale_ * next.v[e];
+      for (int e = 0; e < 4; ++e) next.v[e] = scale * next.v[e];
       Io::template write<kExtras>(a_.net_input, net_input_, at, next);
     }
   }
@@ -240,17 +263,25 @@ class RowStep : public SampleRow<S, Io, kExtras> {
   __device__ __forceinline__ bool uses(int source) const { return uses_ >> source & 1; }
 
   // x + ε·s + √(2ε)·z on top of the row, folded in float64 and split again.
-  __device__ __forceinline__ void add_langevin(S epsilon) {
+  __device__ __forceinline__ void add_langevin(Split<S>* own, S epsilon) const {
     const double eps = double(epsilon);
     double c[kRegister0];
-    for (int k = 0; k < kRegister0; ++k) c[k] = double(own_[k].hi) + double(own_[k].lo);
+    for (int k = 0; k < kRegister0; ++k) c[k] = double(own[k].hi) + double(own[k].lo);
     c[kState] += eps * both(layout_.score_x());
     c[kNetwork] += eps * both(layout_.score_f());
     c[kNoise] += ::sqrt(2.0 * eps);
-    for (int k = 0; k < kRegister0; ++k) own_[k] = split<S>(c[k]);
+    for (int k = 0; k < kRegister0; ++k) own[k] = split<S>(c[k]);
   }
   __device__ __forceinline__ double both(int lane) const {
     return double(high(lane)) + double(this->low(lane));
+  }
+
+  template <class T>
+  static __device__ __forceinline__ T fetch_parked(const T& parked) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" ::: "memory");  // else nvcc keeps it in registers all the time
+#endif
+    return parked;
   }
 
   __device__ __forceinline__ Split<S> register_part(int k) const {
@@ -265,7 +296,7 @@ class RowStep : public SampleRow<S, Io, kExtras> {
 
   __device__ __forceinline__ Quad<S> noise(const Spot& at, const Piece<float>* kept) const {
     if (this->noise_given()) return this->given_noise(at);
-    if (!kept) return this->as_state(this->normals(at));
+    if (!kept || !langevin_) return this->as_state(this->normals(fetch_parked(parked_->noise), at));
     const Piece<float> z = *kept;
     return this->as_state({{z.v[0], z.v[1], z.v[2], z.v[3]}});
   }
@@ -306,10 +337,9 @@ class RowStep : public SampleRow<S, Io, kExtras> {
     if (mask >> kState & 1) add_term(part(kState), v.x, acc);
   }
 
-  Split<S> own_[kRegister0];                 // of x' for x, F, D and z
+  Parked<S>* const parked_;
   uint32_t out_ = 0, write_ = 0, uses_ = 0;  // bit k: source k
   int slot_ = -1;
-  S next_scale_ = S(0);
   typename Io::Cursor net_input_ = {};
   bool langevin_ = false;
 };

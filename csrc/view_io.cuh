@@ -5,12 +5,6 @@
 #include "half.h"
 #include "tensor_view.h"
 
-#if defined(__CUDACC__)
-#define SBM_OUT_OF_LINE __noinline__
-#else
-#define SBM_OUT_OF_LINE
-#endif
-
 namespace sbm {
 namespace {
 
@@ -31,24 +25,10 @@ __device__ __forceinline__ Quad<S> read_piece(const T* from) {
   return {{S(widen(piece.v[0])), S(widen(piece.v[1])), S(widen(piece.v[2])), S(widen(piece.v[3]))}};
 }
 
-// Built-in vectors, because nvcc may cut a struct's assignment into four.
-__device__ __forceinline__ void write_piece(float* to, const Quad<float>& q) {
-  *reinterpret_cast<float4*>(to) = make_float4(q.v[0], q.v[1], q.v[2], q.v[3]);
-}
-template <class S>
-__device__ __forceinline__ void write_piece(double* to, const Quad<S>& q) {
-  *reinterpret_cast<double2*>(to) = make_double2(q.v[0], q.v[1]);
-  *reinterpret_cast<double2*>(to + 2) = make_double2(q.v[2], q.v[3]);
-}
-__device__ __forceinline__ void write_piece(float* to, const Quad<double>& q) {
-  write_piece(to, Quad<float>{{float(q.v[0]), float(q.v[1]), float(q.v[2]), float(q.v[3])}});
-}
 template <class T, class S>
 __device__ __forceinline__ void write_piece(T* to, const Quad<S>& q) {
-  uint32_t bits[4];
-  SBM_UNROLL
-  for (int e = 0; e < 4; ++e) bits[e] = narrow<T>(q.v[e]).bits;
-  *reinterpret_cast<uint2*>(to) = make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+  *reinterpret_cast<Piece<T>*>(to) = {
+      {narrow<T>(q.v[0]), narrow<T>(q.v[1]), narrow<T>(q.v[2]), narrow<T>(q.v[3])}};
 }
 
 // Calls run(the data as its own element type). kF64 = false: it is not float64.
@@ -187,19 +167,19 @@ struct AnyIo {
     bool line;      // there are four, side by side
   };
 
+  // One turn of the loop, unless the innermost dimension ends within the four.
   static __device__ __forceinline__ Places locate(const TensorView& v, Cursor sample,
                                                   const Spot& at) {
-    const Run run = seek(v, at.first());
-    Places places;
-    places.at[0] = sample + run.offset;
-    SBM_UNROLL
-    for (int e = 1; e < 4; ++e) places.at[e] = places.at[e - 1] + run.stride;
-    if (run.left < at.count) {
+    Places places = {};
+    int done = 0;
+    do {
+      const Run run = seek(v, at.first() + done);
       SBM_UNROLL
-      for (int e = 1; e < 4; ++e)
-        if (e < at.count) places.at[e] = sample + seek(v, at.first() + e).offset;
-    }
-    places.line = at.count == 4 && run.left >= 4 && run.stride == 1;
+      for (int e = 0; e < 4; ++e)
+        if (e >= done) places.at[e] = sample + run.offset + (e - done) * run.stride;
+      places.line = at.count == 4 && done == 0 && run.left >= 4 && run.stride == 1;
+      done += run.left < 4 ? int(run.left) : 4;
+    } while (done < at.count);
     return places;
   }
 
@@ -213,7 +193,7 @@ struct AnyIo {
     if (v.dims == 1) return {i * v.stride[0], v.stride[0], v.size[0] - i};
     return seek_nested(v, i);
   }
-  static __device__ SBM_OUT_OF_LINE Run seek_nested(const TensorView& v, int64_t i) {
+  static __device__ __forceinline__ Run seek_nested(const TensorView& v, int64_t i) {
     const int last = v.dims - 1;
     Run run = {0, v.stride[last], 0};
     for (int d = last; d >= 0; --d) {

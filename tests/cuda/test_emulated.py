@@ -98,7 +98,7 @@ def test_promises_that_are_not_kept_show_as_nan() -> None:
     assert out["x"][1].isnan().all() and out["x"][[0, 2]].isfinite().all()
 
 
-HUGE = 2**31 + 4 * 1024
+HUGE = 2**32 + 4 * 1024
 
 
 def reserved(count: int, dtype: torch.dtype) -> Tensor:
@@ -116,7 +116,7 @@ def late_words(keys: Tensor, first: int, count: int, draw: int, stream: int) -> 
     return _philox.philox(counter, _philox.split(keys[:, None]))
 
 
-def test_noise_beyond_two_to_the_31_elements() -> None:
+def test_noise_beyond_two_to_the_32_elements() -> None:
     keys = noise.keys(3, 1)
     words = late_words(keys, HUGE - 1024, 1024, 4, 1)
     out = reserved(HUGE, torch.int32)[None]
@@ -131,7 +131,7 @@ def test_noise_beyond_two_to_the_31_elements() -> None:
 
 
 @pytest.mark.parametrize("net_dtype", [torch.float32, torch.bfloat16])
-def test_a_sample_of_more_than_two_to_the_31_elements(net_dtype: torch.dtype) -> None:
+def test_a_sample_of_more_than_two_to_the_32_elements(net_dtype: torch.dtype) -> None:
     case = cases.make((1, 4), [ROWS.index("plain")])
     x, network = reserved(HUGE, torch.float32)[None], reserved(HUGE, net_dtype)[None]
     tail = slice(HUGE - 1024, HUGE)
@@ -149,7 +149,7 @@ def test_a_sample_of_more_than_two_to_the_31_elements(net_dtype: torch.dtype) ->
     torch.testing.assert_close(x[:, tail].double(), expected, rtol=1e-6, atol=2e-6)
 
 
-def test_a_batch_of_more_than_two_to_the_31_elements() -> None:
+def test_a_batch_of_more_than_two_to_the_32_elements() -> None:
     for numel in (8, 256):
         batch, last = 2**31 // numel + 40, 40
         end = cases.make((last, numel), [ROWS.index("plain")] * last)
