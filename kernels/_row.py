@@ -99,7 +99,7 @@ def guided_network(network, uncond, guidance, factor, at, gate, S: tl.constexpr)
         if uncond[0] is not None:
             u = read(uncond, at, gate, S)
             w = tl.fma(tl.load(factor), tl.load(guidance + at[0]) - 1.0, 1.0)
-            f = tl.fma(w, f - u, u)
+            f = tl.where(gate, tl.fma(w, f - u, u), f)  # a weight may be infinite
     return f
 
 

@@ -124,6 +124,16 @@ def test_what_a_row_does_not_read_cannot_leak(backend: str, shape: tuple[int, ..
 
 
 @each
+@pytest.mark.parametrize("weight", [NAN, float("inf")])
+def test_guidance_of_a_network_that_is_not_read_cannot_leak(backend: str, weight: float) -> None:
+    case = cases.make((4, 9), [ROWS.index("scale")] * 4, guided=True)
+    assert case.guidance is not None
+    case.guidance.fill_(weight)
+    out = cases.run(case, backend)
+    assert out["x"].isfinite().all() and (out["first_bad"] == -1).all()
+
+
+@each
 def test_registers_are_read_before_they_are_written(backend: str) -> None:
     case = cases.make((4, 9), [ROWS.index("history")] * 4)
     case.field[ROWS.index("history"), 0] = 1
