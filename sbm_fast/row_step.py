@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -137,12 +137,29 @@ class RowStep:
 
 
 INPUT_CHANGED = "model: the network changed its input in place"
+REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError)
+"""What a step or row inputs raise at outputs that they can't read (`check_outputs` says why)."""
 OTHER_VIEW = "another view"
 """In the step's error where an output shares the state's memory in another order."""
 
 
 def _versions(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(t._version for t in tensors if not t.is_inference())
+
+
+def readable(value: object, shape: tuple[int, ...]) -> TypeGuard[Tensor]:
+    """Whether every backend's step can read this as an input of the shape."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return False
+    return value.shape == shape and value.dtype in FLOATS
+
+
+def kind(value: object) -> str:
+    """What an error says of a value that is not `readable`."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    layout = "" if value.layout is torch.strided else f"{value.layout} "
+    return f"{layout}{value.dtype} {tuple(value.shape)}"
 
 
 def check_outputs(outputs: Sequence[object], inputs: Tensor, row_inputs: RowInputs | None) -> None:
@@ -157,9 +174,8 @@ def check_outputs(outputs: Sequence[object], inputs: Tensor, row_inputs: RowInpu
 
 
 def _checked_output(out: object, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if not isinstance(out, Tensor) or out.shape != shape or out.dtype not in FLOATS:
-        got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out)
-        raise ValueError(f"model: expected a floating tensor of shape {shape}, got {got}")
+    if not readable(out, shape):
+        raise ValueError(f"model: expected a floating tensor of shape {shape}, got {kind(out)}")
     if out.device != x.device:
         raise ValueError(f"model: expected its output on {x.device}, got {out.device}")
     return out

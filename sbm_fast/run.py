@@ -19,7 +19,16 @@ from tqdm import tqdm
 
 from sbm_fast.plan import H0, NORMS, TAIL_LANES, Plan, Z
 from sbm_fast.row_inputs import RowInputs
-from sbm_fast.row_step import INPUT_CHANGED, OTHER_VIEW, Memory, RowStep, check_outputs
+from sbm_fast.row_step import (
+    INPUT_CHANGED,
+    OTHER_VIEW,
+    REFUSALS,
+    Memory,
+    RowStep,
+    check_outputs,
+    kind,
+    readable,
+)
 
 if TYPE_CHECKING:
     from sbm_fast.capture import Capture
@@ -105,6 +114,8 @@ class Run:
         self._label_dtype = torch.float64 if wide else torch.float32
         self._checked = self._running = False
         self._row_inputs = None if capture else self._make_row_inputs(x)
+        # A kernel refuses what it can't read; plain torch would broadcast or convert it.
+        self._refuses = sampler.kernels.name != "eager" and self._row_inputs is None
         self._evaluates, self._step = plan.evaluates.tolist(), sampler.kernels.affine_step_
         self._epsilons = [self.memory.epsilon] * plan.rows
         if self.memory.workspace is not None:  # on a GPU: see `affine_step_`
@@ -234,8 +245,9 @@ class Run:
                     x, f, f_u, weight, registers, keys, row_numbers[row], coef, field,
                     epsilons[row], z, net_input, net_time, bad,
                 )  # fmt: skip
-            except RuntimeError as error:
-                self._check_outputs(network, uncond)
+            except REFUSALS as error:
+                if evaluates[row]:
+                    self._check_outputs(network, uncond)
                 if OTHER_VIEW not in str(error):
                     raise
                 raise ValueError(f"model: its output does not fit: {error}") from error
@@ -243,28 +255,36 @@ class Run:
             yield row
 
     def _check_outputs(self, network: object, uncond: object) -> None:
-        """The first evaluation's outputs; later ones are looked at when the step refuses them."""
+        """Every evaluation's outputs, or, where the step refuses bad ones, the first's and those
+        that it has refused."""
         m = self.memory
         outputs = [network] if m.guidance is None else [network, uncond]
         check_outputs(outputs, m.inputs, self._row_inputs)
-        self._checked = True
+        self._checked = self._refuses
 
     def _given_noise(self, row: int) -> Tensor | None:
         if self._noise is None or not self._needs_noise[row]:
             return None
-        z, x = self._noise(int(self.plan.draw[row]), int(self.plan.stream[row])), self.memory.x
-        if not isinstance(z, Tensor) or z.shape != x.shape or not z.is_floating_point():
-            got = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z)
+        at, x = (int(self.plan.draw[row]), int(self.plan.stream[row])), self.memory.x
+        z = self._noise(*at)
+        if not readable(z, tuple(x.shape)):
             raise ValueError(
-                f"noise: expected a floating tensor of shape {tuple(x.shape)}, got {got}"
+                f"noise: expected a floating tensor of shape {tuple(x.shape)} at (draw, stream) = "
+                f"{at}, got {kind(z)}"
+            )
+        if not torch.isfinite(z.to(x.dtype)).all():
+            raise ValueError(
+                f"noise: expected values that are finite in {x.dtype} at (draw, stream) = {at}, "
+                "got others"
             )
         return z.to(x.device)
 
     def result(self) -> Tensor:
         """The samples, once every row has run.
 
-        Raises: ValueError when rows are left, or when the network gave a value that is not finite
-        (with step, time and sample), or the state became one.
+        Raises: ValueError when rows are left, or when a network output, or what the row made of it
+        (guidance, threshold, learned variance), was not finite (with step, time and sample), or
+        the state became so.
         """
         if self.row < self.plan.rows:
             raise ValueError(f"result: {self.plan.rows - self.row} rows are left; call advance()")
@@ -276,9 +296,9 @@ class Run:
             row, sample = int(rows[first]), int(bad[first])
             step = int(np.count_nonzero(self.plan.evaluates[: row + 1]))
             raise ValueError(
-                f"model: returned values that are not finite for {len(bad)} of {len(x)} "
-                f"samples, first for sample {sample} at evaluation {step} of {self.plan.nfe} "
-                f"(row {row}, t = {self.plan.time[row]:.6g})"
+                "model: its outputs, or what the row made of them, are not finite for "
+                f"{len(bad)} of {len(x)} samples, first for sample {sample} at evaluation {step} "
+                f"of {self.plan.nfe} (row {row}, t = {self.plan.time[row]:.6g})"
             )
         if not torch.isfinite(x).all():
             finite = torch.isfinite(x).reshape(len(x), -1).all(1)
@@ -291,11 +311,14 @@ class Run:
     def state(self) -> dict[str, Tensor]:
         """Everything that `Sampler.resume` needs, as tensors (for torch.save or safetensors)."""
         m = self.memory
-        registers = m.registers if m.registers is not None else m.x.new_zeros(0)
+        none = m.x.new_zeros(0)
+        registers = none if m.registers is None else m.registers
+        guidance = none if m.guidance is None else m.guidance
         return {
             "x": m.x.clone(),
             "registers": registers.clone(),
             "keys": m.keys.clone(),
+            "guidance": guidance.clone(),
             "row": torch.tensor(self.row, device="cpu"),
             "first_bad": m.first_bad.clone(),
             "given_start": torch.tensor(self.given_start, device="cpu"),
