@@ -10,13 +10,14 @@ from torch import Tensor
 from sbm_fast.backend import Kernels
 from sbm_fast.model import ScoreModel
 from sbm_fast.plan import NORMS, Plan
+from sbm_fast.process import real_array
 from sbm_fast.row_step import FLOATS
 
 
 def full_shape(shape: Sequence[int] | None, num_samples: int, model: ScoreModel) -> tuple[int, ...]:
     """The shape of the result; ValueError or TypeError naming `shape` or `num_samples`."""
     if shape is None:
-        if isinstance(num_samples, bool) or not hasattr(num_samples, "__index__"):
+        if not _is_whole(num_samples):
             raise TypeError(f"num_samples: expected an integer ≥ 0, got {num_samples!r}")
         if num_samples < 0:
             raise ValueError(f"num_samples: expected an integer ≥ 0, got {num_samples!r}")
@@ -31,8 +32,7 @@ def full_shape(shape: Sequence[int] | None, num_samples: int, model: ScoreModel)
         raise TypeError(f"shape: expected integers (batch, …), got {shape!r}") from None
     if any(isinstance(size, str) for size in sizes):
         raise TypeError(f"shape: expected integers (batch, …), got {shape!r}")
-    whole = all(hasattr(size, "__index__") and not isinstance(size, bool) for size in sizes)
-    if not sizes or not whole or min(sizes) < 0:
+    if not sizes or not all(map(_is_whole, sizes)) or min(sizes) < 0:
         raise ValueError(f"shape: expected (batch, …), integers ≥ 0, got {shape!r}")
     sizes = tuple(operator.index(size) for size in sizes)
     if model.sample_shape is not None and sizes[1:] != tuple(model.sample_shape):
@@ -41,6 +41,23 @@ def full_shape(shape: Sequence[int] | None, num_samples: int, model: ScoreModel)
             f"got {sizes[1:]}"
         )
     return sizes
+
+
+def check_dtype(name: str, dtype: object, known: tuple[torch.dtype, ...]) -> None:
+    """TypeError naming the argument unless it is one of these."""
+    if not isinstance(dtype, torch.dtype) or dtype not in known:
+        raise TypeError(f"{name}: expected one of {known}, got {dtype!r}")
+
+
+def _is_whole(value: object) -> bool:
+    """Whether it is one integer; an array of several has ``__index__`` too."""
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
 
 
 def placement(
@@ -57,8 +74,7 @@ def placement(
         device = torch.get_default_device() if first is None else first.device
     if net_dtype is None:
         net_dtype = dtype if first is None else first.dtype
-    if net_dtype not in FLOATS:
-        raise TypeError(f"net_dtype: expected one of {FLOATS}, got {net_dtype!r}")
+    check_dtype("net_dtype", net_dtype, FLOATS)
     try:
         place = torch.empty(0, device=device).device
     except (RuntimeError, TypeError, AssertionError) as error:
@@ -69,12 +85,15 @@ def placement(
 
 
 def check_cuda_graph(cuda_graph: bool | str, device: torch.device, kernels: Kernels) -> bool:
-    """Whether to record graphs; ValueError for a value that is unknown or can't be had here.
+    """Whether to record graphs; ValueError or TypeError for what is unknown or can't be had here.
 
     "auto" does not until graphs have been measured on a GPU.
     """
-    if cuda_graph not in ("auto", True, False):
-        raise ValueError(f'cuda_graph: expected "auto", True or False, got {cuda_graph!r}')
+    expected = 'cuda_graph: expected "auto", True or False, got'
+    if not isinstance(cuda_graph, (bool, str)):  # 1 and np.True_ are equal to True, but not it
+        raise TypeError(f"{expected} {type(cuda_graph)}")
+    if isinstance(cuda_graph, str) and cuda_graph != "auto":
+        raise ValueError(f"{expected} {cuda_graph!r}")
     if cuda_graph is not True:
         return False
     if device.type != "cuda":
@@ -87,6 +106,28 @@ def check_cuda_graph(cuda_graph: bool | str, device: torch.device, kernels: Kern
     return True
 
 
+def initial_state(
+    x_init: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    scale: float,
+) -> Tensor:
+    """scale·x_init, or zeros for a plan that draws its start; errors name `x_init`."""
+    x = torch.zeros(shape, dtype=dtype, device=device)
+    if x_init is None:
+        return x
+    if not isinstance(x_init, Tensor) or not x_init.is_floating_point():
+        got = x_init.dtype if isinstance(x_init, Tensor) else type(x_init).__name__
+        raise TypeError(f"x_init: expected a floating tensor, got {got}")
+    if tuple(x_init.shape) != shape:
+        raise ValueError(f"x_init: expected shape {shape}, got {tuple(x_init.shape)}")
+    x.copy_(x_init).mul_(scale)
+    if not torch.isfinite(x).all():
+        raise ValueError(f"x_init: holds values that are not finite in {dtype}")
+    return x
+
+
 def guidance_weights(guidance: float | Tensor, x: Tensor, model: ScoreModel) -> Tensor:
     """One weight for every sample of x; ValueError or TypeError naming `guidance`."""
     if model.null_cond is None:
@@ -94,10 +135,12 @@ def guidance_weights(guidance: float | Tensor, x: Tensor, model: ScoreModel) -> 
             "guidance: the model has no null_cond (the conditioning that stands for none); "
             "give it to ScoreModel(..., null_cond={...})"
         )
-    try:
-        weight = torch.as_tensor(guidance, dtype=x.dtype, device=x.device)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"guidance: expected a number or weights, got {guidance!r}") from None
+    if isinstance(guidance, Tensor):
+        if guidance.dtype == torch.bool or guidance.is_complex():
+            raise TypeError(f"guidance: expected real numbers, got a tensor of {guidance.dtype}")
+        weight = guidance.to(dtype=x.dtype, device=x.device)
+    else:
+        weight = torch.as_tensor(real_array("guidance", guidance), dtype=x.dtype, device=x.device)
     if weight.dim() > 1 or (weight.dim() == 1 and len(weight) != len(x)):
         raise ValueError(
             f"guidance: expected a number or [{len(x)}] weights, got shape {tuple(weight.shape)}"

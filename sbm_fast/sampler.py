@@ -12,8 +12,10 @@ from torch import Tensor
 from sbm_fast import noise as noise_module
 from sbm_fast.arguments import (
     check_cuda_graph,
+    check_dtype,
     full_shape,
     guidance_weights,
+    initial_state,
     placement,
     warn_about,
 )
@@ -23,6 +25,7 @@ from sbm_fast.methods import FROM_DATA, DynamicThreshold, make_plan
 from sbm_fast.model import ScoreModel, as_score_model
 from sbm_fast.plan import NORMS, Plan, X
 from sbm_fast.run import NoiseHook, Run, Step, Table
+from sbm_fast.run_state import check_guidance, check_state, check_values
 from sbm_fast.sde import SDE, as_sde
 
 __all__ = ["Run", "SampleInfo", "Sampler", "Step", "sample"]
@@ -94,8 +97,7 @@ class Sampler:
         self.sde: SDE = as_sde(sde)
         self.model: ScoreModel = as_score_model(model, self.sde)
         self.shape = full_shape(shape, num_samples, self.model)
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+        check_dtype("dtype", dtype, (torch.float32, torch.float64))
         self.dtype = dtype
         self.device, self.net_dtype = placement(self.model, device, net_dtype, dtype)
         self.kernels: Kernels = choose_backend(backend, self.device)
@@ -173,7 +175,7 @@ class Sampler:
                 'norm: "batch_mean" couples the samples of a batch, so a shard '
                 f'(first_sample={first_sample}) would differ from the whole; use norm="sigma"'
             )
-        x = self._initial_state(x_init, plan)
+        x = initial_state(x_init, self.shape, self.dtype, self.device, plan.start_scale)
         return self._run(table, x, keys, seed, cond, guidance, noise)
 
     def resume(
@@ -186,32 +188,24 @@ class Sampler:
     ) -> Run:
         """The run whose `Run.state()` was kept; it goes on to the bit as if it had never stopped.
 
-        Raises: ValueError when the state is not one of this sampler (shape, dtype, plan).
+        The state holds neither `cond` nor the `noise` hook: give here what `start` was given, or
+        the run goes on with the sampler's cond and the counter-based noise. Guidance is in it, but
+        must be given again too; other weights hold from here on.
+
+        Raises: ValueError when the state is not one of this sampler (shape, dtype, plan), or when
+            guidance was forgotten, or given to a run that had none.
         """
-        names = ("x", "registers", "keys", "row", "first_bad", "given_start", "plan")
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state: expected what Run.state() returns, got {type(state).__name__}")
-        wrong = [n for n in names if not isinstance(state.get(n), Tensor)]
-        if wrong:
-            raise ValueError(f"state: no tensors for {wrong}; expected what Run.state() returns")
-        single = [n for n in ("row", "given_start", "plan") if state[n].numel() != 1]
-        if single or state["x"].dtype != self.dtype or tuple(state["x"].shape) != self.shape:
-            raise ValueError(
-                f"state: expected x {self.dtype} {self.shape} and single values for row, "
-                f"given_start and plan, got {state['x'].dtype} {tuple(state['x'].shape)}"
-            )
+        check_state(state, self.dtype, self.shape)
         table = self._table(bool(state["given_start"].item()))
-        row = int(state["row"].item())
         if int(state["plan"].item()) != int(table.fingerprint().item()):
             raise ValueError("state: was kept from another plan than this sampler's")
-        if not 0 <= row <= table.plan.rows:
-            raise ValueError(f"state: expected a row in [0, {table.plan.rows}], got {row}")
-        if not torch.isfinite(state["x"]).all() and not (state["first_bad"] >= 0).any():
-            raise ValueError("state: x holds values that are not finite")
+        check_values(state, table.plan.rows)
         x = torch.empty(self.shape, dtype=self.dtype, device=self.device).copy_(state["x"])
         keys = state["keys"].to(self.device).contiguous()
         noise_module.check_keys(keys, self.shape[0], None, 0)
         run = self._run(table, x, keys, None, cond, guidance, noise)
+        check_guidance(state["guidance"], run.memory.guidance, given=guidance is not None)
+        row = int(state["row"].item())
         run.restore(row, state["registers"], state["first_bad"])
         return run
 
@@ -257,20 +251,6 @@ class Sampler:
             backend=self.kernels.name,
             plan=run.plan,
         )
-
-    def _initial_state(self, x_init: Tensor | None, plan: Plan) -> Tensor:
-        x = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        if x_init is None:
-            return x
-        if not isinstance(x_init, Tensor) or not x_init.is_floating_point():
-            got = x_init.dtype if isinstance(x_init, Tensor) else type(x_init).__name__
-            raise TypeError(f"x_init: expected a floating tensor, got {got}")
-        if tuple(x_init.shape) != self.shape:
-            raise ValueError(f"x_init: expected shape {self.shape}, got {tuple(x_init.shape)}")
-        x.copy_(x_init).mul_(plan.start_scale)
-        if not torch.isfinite(x).all():
-            raise ValueError(f"x_init: holds values that are not finite in {self.dtype}")
-        return x
 
     def _run(
         self,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import sbm_fast
-from sbm_fast import VESDE, VPSDE, Sampler, ScoreModel, noise, sample
+from sbm_fast import VESDE, VPSDE, DynamicThreshold, Sampler, ScoreModel, noise, sample
+from sbm_fast.backend import Kernels
 
 
 def test_time_has_the_networks_precision() -> None:
@@ -132,6 +133,111 @@ def test_a_state_that_overflows_is_not_returned() -> None:
         sample(lambda x, t: torch.full_like(x, 3e38), VESDE(), (1, 2), method="em", steps=1, seed=0)
 
 
+LATER: dict[str, Any] = {
+    "tuple": lambda out: (out,),
+    "list": lambda out: [out],
+    "ndarray": lambda out: out.numpy(),
+    "None": lambda out: None,
+    "one channel more": lambda out: torch.cat([out, out[:, :1]], 1),
+    "half the channels": lambda out: out.chunk(2, 1)[0],
+    "more channels": lambda out: torch.cat([out, out.chunk(2, 1)[0]], 1),
+    "one sample": lambda out: out[:1],
+    "int64": lambda out: out.long(),
+    "complex": lambda out: out.to(torch.complex64),
+    "float8": lambda out: out.to(torch.float8_e5m2),
+    "sparse": lambda out: out.to_sparse(),
+}
+
+
+class Later:
+    """A network whose output is spoilt from evaluation `first` on."""
+
+    def __init__(self, spoil: Any, doubled: bool, first: int) -> None:
+        self.spoil, self.doubled, self.first, self.calls = spoil, doubled, first, 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        out = torch.cat([-x / 2, -x / 9], 1) if self.doubled else -x / 2
+        return self.spoil(out) if self.calls >= self.first else out
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])  # ddim reads no learned variance
+@pytest.mark.parametrize("kind", ["plain", "threshold", "learned"])
+@pytest.mark.parametrize("name", list(LATER))
+@pytest.mark.parametrize("first", [1, 3])
+def test_outputs_that_go_wrong_are_the_models(
+    first: int, name: str, kind: str, method: str, backend: str
+) -> None:
+    net = Later(LATER[name], kind == "learned", first)
+    variance = "learned_range" if kind == "learned" else None
+    model = ScoreModel(net, "eps", variance=variance)
+    clip = DynamicThreshold() if kind == "threshold" else None
+    with pytest.raises(ValueError, match=r"^model: expected a floating tensor of shape .*, got "):
+        sample(
+            model, VPSDE(), (3, 2, 4), method=method, steps=5, seed=0, clip_denoised=clip,
+            backend=backend,
+        )  # fmt: skip
+    assert net.calls == first
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, AttributeError, NotImplementedError])
+def test_errors_of_the_network_itself_are_left_as_they_are(error: type[Exception]) -> None:
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        if float(t[0]) < 0.5:
+            raise error("mine")
+        return -x
+
+    with pytest.raises(error, match=r"^mine$"):
+        sample(net, VPSDE(), (4, 3), method="em", steps=4, seed=0)
+
+
+def test_errors_of_the_step_that_are_not_the_models_are_left_as_they_are() -> None:
+    """Also in a row without evaluation, which has no output to blame."""
+    for row in (0, 2):
+        sampler = Sampler(lambda x, t: -x, VPSDE(), (4, 3), method="em", steps=4)
+        own = sampler.kernels.affine_step_
+
+        def step(*args: Any, at: int = row, own: Any = own) -> None:
+            if int(args[6][0]) == at:
+                raise TypeError("the step's own")
+            own(*args)
+
+        sampler.kernels = Kernels("mine", step)
+        with pytest.raises(TypeError, match=r"^the step's own$"):
+            sampler(seed=0)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(
+    ("spoil", "got"),
+    [
+        (lambda z: z * float("nan"), "finite in torch.float32"),
+        (lambda z: z.double() + 1e300, "finite in torch.float32"),
+        (lambda z: z.to(torch.float8_e5m2), "got torch.float8_e5m2"),
+        (lambda z: z.to_sparse(), "got torch.sparse_coo"),
+        (lambda z: z.numpy(), "got ndarray"),
+    ],
+)
+def test_faults_of_the_noise_hook_are_its_own(spoil: Any, got: str, at: int) -> None:
+    def hook(draw: int, stream: int) -> Any:
+        return spoil(torch.ones(4, 3)) if draw == at else torch.ones(4, 3)
+
+    where = rf"\(draw, stream\) = \({at}, {min(at, 1)}\)"
+    with pytest.raises(ValueError, match=f"^noise: expected .*{where}") as caught:
+        sample(lambda x, t: -x, VPSDE(), (4, 3), method="em", steps=4, noise=hook)
+    assert got in str(caught.value)
+
+
+def test_what_a_row_makes_of_finite_outputs_may_be_to_blame() -> None:
+    arguments: dict[str, Any] = {"steps": 5, "seed": 0}
+    with pytest.raises(ValueError, match=r"^model: its outputs, or what the row made of them, are"):
+        sample(
+            ScoreModel(lambda x, t: torch.full_like(x, 3e38), "eps"), VPSDE(), (3, 2, 4),
+            method="ddim", clip_denoised=DynamicThreshold(), **arguments,
+        )  # fmt: skip
+
+
 def test_a_state_goes_back_to_its_own_plan_only() -> None:
     model = ScoreModel(lambda x, t: -x)
     first = Sampler(model, VPSDE(), (4, 3), method="em", steps=4)
@@ -139,6 +245,57 @@ def test_a_state_goes_back_to_its_own_plan_only() -> None:
     state = first.start(seed=0).advance(2).state()
     with pytest.raises(ValueError, match="state: was kept from another plan"):
         other.resume(state)
+
+
+def test_numbers_of_a_state_are_what_a_run_keeps() -> None:
+    sampler = Sampler(lambda x, t: -x, VPSDE(), (4, 3), method="dpmpp_2m", steps=5)
+    run = sampler.start(seed=0).advance(3)
+    nan, bad = float("nan"), torch.full((4,), -1, dtype=torch.int32)
+    for change in (
+        {"row": torch.tensor(2.7)}, {"row": torch.tensor(nan)}, {"row": torch.tensor(True)},
+        {"plan": torch.tensor(1j)}, {"plan": torch.tensor(0.5)},
+        {"given_start": torch.tensor(nan)},
+        {"first_bad": bad * nan}, {"first_bad": bad - 1}, {"first_bad": bad + 4},
+        {"registers": run.state()["registers"] * nan}, {"registers": run.state()["x"].double()},
+        {"guidance": torch.ones(2)}, {"guidance": torch.ones(4).double()},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"^state: "):
+            sampler.resume({**run.state(), **change})
+    kept = run.state()
+    assert torch.equal(sampler.resume(kept).advance().result(), sampler(seed=0))
+
+
+def test_guidance_is_not_forgotten_by_a_resume() -> None:
+    model = ScoreModel(lambda x, t, y=0.5: -x * y, null_cond={"y": 0.25})
+    arguments: dict[str, Any] = {"method": "em", "steps": 4}
+    bare = Sampler(model, VPSDE(), (4, 3), **arguments)
+    guided = Sampler(model, VPSDE(), (4, 3), guidance=2.0, **arguments)
+    for weight in (2.0, torch.tensor([0.0, 1.0, 2.0, 3.0])):
+        kept = bare.start(seed=0, guidance=weight).advance(2).state()
+        with pytest.raises(ValueError, match=r"^guidance: .*weights.*got none"):
+            bare.resume(kept)
+        whole = bare(seed=0, guidance=weight)
+        assert torch.equal(bare.resume(kept, guidance=weight).advance().result(), whole)
+    with pytest.raises(ValueError, match=r"^guidance: .*weights.*got others"):
+        guided.resume(kept)
+    assert guided.resume(kept, guidance=weight).nfe == guided.resume(kept, guidance=3.0).nfe == 2
+    assert torch.equal(
+        guided.resume(guided.start(seed=0).advance(1).state()).advance().result(), guided(seed=0)
+    )
+
+    kept = bare.start(seed=0).advance(2).state()
+    for sampler, more in ((guided, {}), (bare, {"guidance": 2.0})):
+        with pytest.raises(ValueError, match=r"^guidance: .*without it.*, got weights"):
+            sampler.resume(kept, **more)
+    del kept["guidance"]
+    with pytest.raises(ValueError, match=r"^state: no tensors for \['guidance'\]"):
+        bare.resume(kept)
+
+
+def test_a_guided_run_without_samples_is_resumed() -> None:
+    model = ScoreModel(lambda x, t: -x, null_cond={})
+    sampler = Sampler(model, VPSDE(), (0, 3), method="em", steps=4, guidance=2.0)
+    assert sampler.resume(sampler.start(seed=0).advance(2).state()).advance().row == 5
 
 
 def test_a_run_is_not_advanced_from_inside() -> None:

@@ -269,6 +269,19 @@ def test_options_reach_the_plan() -> None:
         assert base.difference(changed) != "" or changed.denoiser[-1, 2] == 1.0, more
 
 
+@pytest.mark.parametrize("name", ["dtype", "net_dtype", "device"])
+def test_arrays_are_no_dtypes_and_no_devices(name: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: ") as caught:
+        em(**{name: np.ones(2)})
+    assert name == "device" or caught.type is TypeError
+
+
+@pytest.mark.parametrize("value", [1, 0, np.True_, None, torch.ones(2), np.ones(2)])
+def test_what_equals_a_truth_is_no_answer_to_cuda_graph(value: Any) -> None:
+    with pytest.raises(TypeError, match=r'^cuda_graph: expected "auto", True or False, got <class'):
+        em(cuda_graph=value)
+
+
 def test_run_goes_row_by_row() -> None:
     sampler = Sampler(cases.network, cases.VP, (4, 6), **EM)
     run = sampler.start(seed=0)
