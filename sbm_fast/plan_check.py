@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from sbm_fast.plan import Plan
 
 _MAX_INT32 = 2**31 - 1
+_FLOAT32 = np.finfo(np.float32)
+_MAX_LOG_STD = 80.0  # e^80 and its inverse are numbers of float32
 _MAX_REGISTERS = 8  # kMaxRegisters of csrc/row.h: the kernels have room for no more
 
 
@@ -128,15 +130,24 @@ def _check_langevin(plan: Plan) -> None:
 def _check_row_inputs(plan: Plan) -> None:
     quantile, least, most = plan.threshold.T
     wanted = plan.threshold.any(axis=1)
-    sound = (quantile > 0) & (quantile <= 1) & (least > 0) & (least <= most)
-    sound &= np.isfinite(least) & plan.evaluates & np.isposinf(plan.denoiser[:, 2])
+    sound = (quantile > 0) & (quantile <= 1) & _in_float32(least) & (least <= most)
+    sound &= plan.evaluates & np.isposinf(plan.denoiser[:, 2])
+    divides = ~wanted | _in_float32(np.abs(plan.denoiser[:, 1]))
+    small = (np.abs(plan.log_std) < _MAX_LOG_STD).all(axis=1)
     learned = plan.log_std.any(axis=1)
     for name, good, need in (
         ("threshold", sound | ~wanted, "an evaluation, L = ∞, 0 < quantile ≤ 1 and "
-         "0 < minimum ≤ maximum"),
+         "0 < minimum ≤ maximum (and minimum a positive number of float32)"),
+        ("denoiser", divides, "for its threshold a q that is neither 0 nor ∞ in float32"),
+        ("log_std", small, f"|log_std| < {_MAX_LOG_STD:g}"),
         ("log_std", (plan.evaluates & (plan.norm == 0)) | ~learned,
          "an evaluation and norm 'none'"),
     ):  # fmt: skip
         if not good.all():
             row = int(np.argmin(good))
             raise ValueError(f"{name}: row {row} needs {need}, got {getattr(plan, name)[row]}")
+
+
+def _in_float32(value: np.ndarray) -> np.ndarray:
+    """Whether positive values are normal numbers of float32 (what is less may be flushed to 0)."""
+    return (value >= float(_FLOAT32.tiny)) & (value <= float(_FLOAT32.max))

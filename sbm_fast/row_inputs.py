@@ -94,6 +94,7 @@ class RowInputs:
             network, v = network.split(self._channels, dim=1)
             uncond = None if uncond is None else uncond.narrow(1, 0, self._channels)
             if self._variance is not None:
+                v = self._variance.read(v, row)
                 network = network + 0 * v  # what is not finite in v must show in F
                 noise = self._variance.noise(v, keys, row, noise)
         if self._threshold is not None:
@@ -110,6 +111,11 @@ class _LearnedVariance:
         self._step, self._z = step, torch.zeros_like(x)
         self._table = _rows_of(plan, {Z: reads.astype(np.float64)}, x)
         self._log_std = torch.tensor(plan.log_std, dtype=x.dtype, device=x.device)
+        self._reads_v = torch.tensor(plan.log_std.any(axis=1), device=x.device)
+
+    def read(self, v: Tensor, row: Tensor) -> Tensor:
+        """v; 0 where the row does not read it, so that no one asks what it is there."""
+        return torch.where(per_sample(_gather(self._reads_v, row), v), v, 0.0)
 
     def noise(self, v: Tensor, keys: Tensor, row: Tensor, noise: Tensor | None) -> Tensor:
         z = self._z
@@ -138,6 +144,7 @@ class _Threshold:
         self._denoised = _rows_of(plan, {X: np.where(on, p, 0), F: np.where(on, q, 0)}, x)
 
         elements = math.prod(x.shape[1:])
+        self._flat = (x.shape[0], elements)
         position = np.where(on, quantile, 1.0) * (elements - 1)
         below = np.floor(position)
         # Only the values above the lowest quantile are looked at, in falling order.
@@ -163,7 +170,7 @@ class _Threshold:
         d.copy_(x)
         self._step(d, f, None, None, None, keys, row, *self._denoised, *unread)
         fraction, least, most, q = _gather(self._lanes, row).unbind(1)
-        values = d.abs().flatten(1).topk(self._top, dim=1).values
+        values = d.abs().reshape(self._flat).topk(self._top, dim=1).values
         values = values.gather(1, _gather(self._index, row))
         below, above = values.unbind(1)
         quantile = below + fraction * (above - below)

@@ -263,6 +263,11 @@ def test_the_plan_keeps_and_checks_them(tmp_path: Any) -> None:
     spread[0] = (-1.0, 0.0)
     with pytest.raises(ValueError, match="log_std: row 0 needs an evaluation"):
         replace(plan, log_std=spread)
+    for value in (1e300, 80.0, -80.0):
+        wide = np.array(plan.log_std)
+        wide[2, 0] = value
+        with pytest.raises(ValueError, match=r"log_std: row 2 needs \|log_std\| < 80"):
+            replace(plan, log_std=wide)
 
 
 def test_a_file_of_format_1_is_read(tmp_path: Any) -> None:
@@ -335,3 +340,23 @@ def test_a_network_that_knows_its_variance_is_wrapped_with_it() -> None:
     model = as_score_model(Knows(), DDPM)
     assert model.variance == "learned_range" and "variance='learned_range'" in repr(model)
     assert "variance" not in repr(ScoreModel(cases.network))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_v_of_a_row_that_does_not_read_it_may_be_anything(value: float, backend: str) -> None:
+    """The last row of ddpm draws no noise; one row earlier the same value is reported."""
+    run: dict[str, Any] = {"method": "ddpm", "steps": 5, "seed": 0, "backend": backend}
+
+    def wrong_below(level: float) -> ScoreModel:
+        def net(x: Tensor, t: Tensor) -> Tensor:
+            v = torch.tanh(x) if float(t[0]) > level else torch.full_like(x, value)
+            return torch.cat([cases.network(x, t), v], dim=1)
+
+        return ScoreModel(net, "eps", time="index", sde=DDPM, variance="learned_range")
+
+    last, before = make_plan("ddpm", doubled(), DDPM, steps=5).time[-1:-3:-1]
+    plain = sample(doubled(), DDPM, SHAPE, **run)
+    assert torch.equal(sample(wrong_below(float(last)), DDPM, SHAPE, **run), plain)
+    with pytest.raises(ValueError, match=r"model: .*evaluation 4 of 5"):
+        sample(wrong_below(float(before)), DDPM, SHAPE, **run)
