@@ -32,10 +32,10 @@ def choose_backend(name: str, device: torch.device) -> Kernels:
 
     Raises: ValueError for an unknown name, or one that is off here, with the reason.
     """
+    if not isinstance(name, str) or name not in NAMES:
+        raise ValueError(f"backend: expected one of {NAMES}, got {name!r}")
     if name == "auto":
         return kernels_of(best(device))
-    if name not in NAMES:
-        raise ValueError(f"backend: expected one of {NAMES}, got {name!r}")
     reason = backends()[name] or _elsewhere(name, device)
     if reason:
         raise ValueError(f"backend: {name!r} is off: {reason}")

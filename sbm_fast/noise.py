@@ -151,7 +151,7 @@ def _fill(
     out: Tensor | None,
 ) -> Tensor:
     shape = _checked_shape(shape)
-    if dtype not in DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise TypeError(f"dtype: expected one of {_DTYPE_NAMES}, got {dtype!r}")
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
@@ -166,6 +166,8 @@ def _fill(
     draw = _checked_int("draw", draw, 0, 2**32)
     stream = _checked_int("stream", stream, 0, 2**32)
     fill = _implementation(kind, out, backend)
+    if out.device.type == "meta":
+        raise ValueError("device: nothing can be drawn on meta")
     fill(out, sample_keys, draw, stream)
     return out
 
@@ -205,7 +207,7 @@ def check_keys(sample_keys: Tensor, samples: int, seed: int | None, first_sample
 
 
 def _implementation(kind: str, out: Tensor, backend: str) -> Callable[..., None]:
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         return ops.OPS[kind] if has_kernels(out) else ops.REFERENCES[kind]
     name = choose_backend(backend, out.device).name
     if name == "triton":

@@ -21,6 +21,9 @@ TOLERANCE = 1e-9
 """Relative slack at the ends of a range, for times and noise levels that were computed."""
 
 
+_MAX_INT64 = 2**63 - 1
+
+
 class SDE(ABC):
     """A forward process dx = f(t) x dt + g(t) dw with x_t | x_0 ~ N(m(t) x_0, σ(t)² I).
 
@@ -153,7 +156,15 @@ class SDE(ABC):
 
 def real_array(name: str, value: object) -> Array:
     """``value`` as a float64 array; TypeError naming ``name`` for what is not real."""
-    array = np.asarray(value)
+    if type(value) is int:
+        value = finite(name, value)  # numpy takes one beyond 64 bits for an object
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}: expected a real number or an array of them, got {type(value).__name__} "
+            f"({error})"
+        ) from None
     if array.dtype.kind not in "iuf":
         raise TypeError(
             f"{name}: expected a real number or an array of them, got {type(value).__name__}"
@@ -169,11 +180,20 @@ def finite(name: str, value: object, *, above: float | None = None) -> float:
         isinstance(value, (bool, np.bool_)) or not isinstance(value, Real)
     ):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        kind = type(value).__name__
+        raise ValueError(f"{name}: expected a number that float64 holds, got {kind}") from None
     if not math.isfinite(number) or (above is not None and number <= above):
         bound = "" if above is None else f" > {above:g}"
         raise ValueError(f"{name}: expected a finite number{bound}, got {value!r}")
     return number
+
+
+def is_infinite(value: object) -> bool:
+    """Whether it is the number +∞ (an array is none, whatever it holds)."""
+    return isinstance(value, Real) and bool(value == math.inf)
 
 
 def positive_table(name: str, values: object, *, below: float = math.inf) -> Array:
@@ -194,4 +214,6 @@ def count(name: str, value: object, *, least: int = 1) -> int:
         raise TypeError(f"{name}: expected an integer ≥ {least}, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected an integer ≥ {least}, got {value!r}")
+    if value > _MAX_INT64:
+        raise ValueError(f"{name}: expected an integer ≥ {least} that int64 holds, got more")
     return int(value)

@@ -67,7 +67,7 @@ def time_grid(
     _check_options(options)
     n = count("steps", steps)
     # t_min does not matter to a single step, so a t_max below the SDE's own t_min is fine there.
-    high, low = _range(sde, t_max, 0.0 if n == 1 and t_min is None else t_min, strict=n > 1)
+    high, low = time_range(sde, t_max, 0.0 if n == 1 and t_min is None else t_min, strict=n > 1)
     if isinstance(sde, Ladder):
         return _on_ladder(sde, n, kind, high, low, rho)
     if n == 1:
@@ -138,7 +138,7 @@ def _given(
         raise ValueError(f"schedule: expected times in one dimension, got shape {grid.shape}")
     if steps is not None and count("steps", steps) != grid.size:
         raise ValueError(f"steps: the schedule has {grid.size} times, got steps={steps}")
-    high, low = _range(sde, t_max, 0.0 if t_min is None else t_min, strict=False)
+    high, low = time_range(sde, t_max, 0.0 if t_min is None else t_min, strict=False)
     if not np.isfinite(grid).all() or not (np.diff(grid) < 0).all():
         raise ValueError("schedule: expected finite and strictly decreasing times")
     slack = TOLERANCE * high
@@ -151,9 +151,10 @@ def _given(
     return np.clip(grid, low, high)
 
 
-def _range(
+def time_range(
     sde: SDE, t_max: float | None, t_min: float | None, *, strict: bool
 ) -> tuple[float, float]:
+    """(t_max, t_min) of a grid; ValueError or TypeError naming the one of them that is wrong."""
     high = sde.t_max if t_max is None else finite("t_max", t_max)
     low = sde.t_min if t_min is None else finite("t_min", t_min)
     if high > sde.t_max * (1 + TOLERANCE) or high < 0:
@@ -166,6 +167,10 @@ def _range(
                 raise ValueError(f"{name}: the times of a ladder are whole levels, got {value!r}")
         strict = False
     if low > high or (strict and low == high):
+        if t_min is None and t_max is not None:
+            raise ValueError(
+                f"t_max: expected more than t_min, {low:g} where none is given, got {high:g}"
+            )
         raise ValueError(f"t_min: expected less than t_max = {high:g}, got {low:g}")
     return min(high, sde.t_max), low
 

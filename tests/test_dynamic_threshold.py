@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,17 @@ def test_quantile_is_interpolated(quantile: float, elements: int) -> None:
         torch.testing.assert_close(x.double(), expected, rtol=close, atol=close)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_of_one_number(dtype: torch.dtype) -> None:
+    """A state [B] is one of B samples with one element: s = |D|, held in the bounds."""
+    d, rule = torch.tensor([-3.0, 0.5, 1.7], dtype=dtype), DynamicThreshold(0.9, maximum=2.0)
+    run: dict[str, Any] = {"method": "ddim", "steps": 3, "clip_denoised": rule, "dtype": dtype}
+    x = sample(ScoreModel(lambda x, t: d, "x0"), VPSDE(), (3,), **run)
+    torch.testing.assert_close(x, torch.tensor([-1.0, 0.5, 1.0], dtype=dtype))
+    for shape in ((0,), (0, 4), (3, 0)):
+        assert sample(cases.network, VPSDE(), shape, **run).shape == shape
+
+
 def test_a_sample_inside_its_bounds_is_not_touched() -> None:
     wide = DynamicThreshold(0.9, minimum=1.0)
     for name in ("ddim", "em", "edm"):
@@ -116,6 +128,8 @@ def test_maximum_of_one_is_the_static_clip() -> None:
         ({"maximum": 0.5}, ValueError, "maximum"),
         ({"maximum": math.nan}, ValueError, "maximum"),
         ({"maximum": None}, TypeError, "maximum"),
+        ({"maximum": torch.tensor([1, 2])}, TypeError, "maximum"),
+        ({"maximum": 10**400}, ValueError, "maximum"),
     ],
 )
 def test_errors_of_the_threshold(
@@ -125,3 +139,14 @@ def test_errors_of_the_threshold(
         DynamicThreshold(**options)
     with pytest.raises(TypeError, match=r"clip_denoised: .* no DynamicThreshold"):
         make_plan("ddim", cases.network, VPSDE(), clip_denoised=DynamicThreshold)  # type: ignore[arg-type]
+
+
+def test_a_threshold_that_float32_cannot_run_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"threshold: row 1 needs .*minimum"):
+        make_plan("ddim", cases.network, VPSDE(), clip_denoised=DynamicThreshold(minimum=1e-60))
+    plan = make_plan("ddim", cases.network, VPSDE(), steps=3, clip_denoised=DynamicThreshold())
+    for q in (0.0, 1e-60, -1e-60, 1e60):
+        denoiser = plan.denoiser.copy()
+        denoiser[2, 1] = q
+        with pytest.raises(ValueError, match="denoiser: row 2 needs for its threshold a q"):
+            replace(plan, denoiser=denoiser)

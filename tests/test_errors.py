@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import sampling_cases as cases
 import torch
@@ -13,6 +14,7 @@ from sbm_fast import NCSNLadder, Sampler, ScoreModel, noise, sample
 
 NAN = float("nan")
 KEYS = noise.keys(0, 4)
+ARRAY = np.array([1, 2])
 GUIDED = ScoreModel(lambda x, t, c=0: -x, null_cond={})
 BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("model", TypeError, {"model": "unet.pt"}),
@@ -48,13 +50,18 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("guidance", ValueError, {"model": GUIDED, "guidance": torch.ones(4, 6)}),
     ("guidance", ValueError, {"model": GUIDED, "guidance": NAN}),
     ("guidance", TypeError, {"model": GUIDED, "guidance": "much"}),
+    ("guidance", TypeError, {"model": GUIDED, "guidance": True}),
+    ("guidance", TypeError, {"model": GUIDED, "guidance": torch.ones(4, dtype=torch.bool)}),
+    ("guidance", TypeError, {"model": GUIDED, "guidance": 1j}),
+    ("guidance", TypeError, {"model": GUIDED, "guidance": torch.ones(4) * 1j}),
+    ("guidance", ValueError, {"model": GUIDED, "guidance": 10**400}),
     ("x_init", ValueError, {"x_init": torch.zeros(4, 5)}),
     ("x_init", ValueError, {"x_init": torch.zeros(6)}),
     ("x_init", ValueError, {"x_init": torch.full((4, 6), NAN)}),
     ("x_init", TypeError, {"x_init": torch.zeros(4, 6, dtype=torch.int64)}),
     ("x_init", TypeError, {"x_init": [[0.0] * 6] * 4}),
     ("t_max", ValueError, {"t_max": 1.5}),
-    ("t_min", ValueError, {"t_max": 1e-6}),
+    ("t_max", ValueError, {"t_max": 1e-6}),
     ("t_max", TypeError, {"t_max": "1"}),
     ("t_min", ValueError, {"t_min": -0.1}),
     ("t_min", ValueError, {"t_min": 2.0}),
@@ -75,6 +82,21 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("dtype", TypeError, {"dtype": "float32"}),
     ("net_dtype", TypeError, {"net_dtype": torch.int8}),
     ("net_dtype", TypeError, {"net_dtype": "bf16"}),
+    ("net_dtype", TypeError, {"net_dtype": ARRAY}),
+    ("backend", ValueError, {"backend": ARRAY}),
+    ("compat", ValueError, {"compat": ARRAY}),
+    ("denoise", ValueError, {"denoise": ARRAY}),
+    ("num_samples", TypeError, {"shape": None, "num_samples": ARRAY}),
+    ("shape", ValueError, {"shape": np.ones((2, 3), dtype=int)}),
+    ("t_max", ValueError, {"t_max": 10**400}),
+    ("steps", ValueError, {"steps": 10**400}),
+    ("schedule", TypeError, {"schedule": object()}),
+    ("schedule", TypeError, {"schedule": {}}),
+    ("schedule", TypeError, {"schedule": 1 + 2j}),
+    ("schedule", TypeError, {"schedule": ["a", "b"]}),
+    ("schedule", TypeError, {"schedule": b"x"}),
+    ("schedule", TypeError, {"schedule": [[1.0, 0.5], [0.2]]}),
+    ("schedule", ValueError, {"schedule": 10**400}),
     ("device", ValueError, {"device": "tpu?"}),
     ("backend", ValueError, {"backend": "gpu"}),
     ("backend", ValueError, {"backend": "cuda"}),

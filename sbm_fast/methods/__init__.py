@@ -98,7 +98,7 @@ def make_plan(
         raise ValueError(f"method: unknown method {method!r}; {nearest(str(method), [*METHODS])}")
     function = METHODS[method]
     options = [p for p in inspect.signature(function).parameters if p != "run"]
-    if compat == PEER and steps is None:
+    if isinstance(compat, str) and compat == PEER and steps is None:
         steps = getattr(sde, "N", None)  # score_sde's own SDE objects carry the number of steps
     common = {"steps": steps, "schedule": schedule}
     given = {key: value for key, value in common.items() if value is not None} | method_options

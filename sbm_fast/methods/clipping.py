@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sbm_fast.process import finite
+from sbm_fast.process import finite, is_infinite
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class DynamicThreshold:
 
     Args:
         quantile: p in (0, 1], the paper's percentile; 1 is the largest element.
-        minimum, maximum: bounds of s, 0 < minimum ≤ maximum ≤ ∞.
+        minimum, maximum: bounds of s, 0 < minimum ≤ maximum ≤ ∞. A ``minimum`` above 1 divides
+            every sample by at least that, also one that stays inside.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -39,7 +40,7 @@ class DynamicThreshold:
         if not 0 < finite("quantile", self.quantile) <= 1:
             raise ValueError(f"quantile: expected a number in (0, 1], got {self.quantile!r}")
         finite("minimum", self.minimum, above=0)
-        if self.maximum != math.inf and finite("maximum", self.maximum) < self.minimum:
+        if not is_infinite(self.maximum) and finite("maximum", self.maximum) < self.minimum:
             raise ValueError(
                 f"maximum: expected at least minimum = {self.minimum:g}, got {self.maximum!r}"
             )

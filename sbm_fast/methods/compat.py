@@ -18,6 +18,7 @@ import torch
 from sbm_fast.methods.chain import Step
 from sbm_fast.methods.setup import Setup
 from sbm_fast.process import count
+from sbm_fast.schedule import time_range
 from sbm_fast.sde import SDE, VESDE, VPSDE, DDPMSchedule, Ladder, NCSNLadder, SubVPSDE
 
 PEER = "score_sde"
@@ -47,7 +48,7 @@ def score_sde_steps(
     if not isinstance(sde, (VPSDE, SubVPSDE, VESDE, Ladder)):
         raise ValueError(f"compat: {PEER!r} has no {type(sde).__name__}")
     if isinstance(sde, Ladder):
-        if steps is not None and steps != sde.levels:
+        if steps is not None and count("steps", steps) != sde.levels:
             raise ValueError(
                 f"steps: compat={PEER!r} keeps the ladder's {sde.levels} levels, got {steps!r}"
             )
@@ -57,7 +58,9 @@ def score_sde_steps(
     else:
         n = count("steps", 1000 if steps is None else steps)
     variance_exploding = isinstance(sde, (VESDE, NCSNLadder))
-    eps = (1e-5 if variance_exploding else 1e-3) if run.t_min is None else float(run.t_min)
+    eps = 1e-5 if variance_exploding else 1e-3
+    if run.t_min is not None:
+        eps = time_range(sde, None, run.t_min, strict=True)[1]
     times = torch.linspace(1.0, eps, n)
     index = (times * (n - 1) / 1).long().tolist()
     at = [float(i) for i in index] if isinstance(sde, Ladder) else times.double().tolist()
@@ -118,7 +121,7 @@ def ddpm_steps(run: Setup, steps: int | None, schedule: object) -> list[Step]:
             raise ValueError(f"{name}: compat={DDPM_PEER!r} visits every level, got {value!r}")
     betas = run.sde.betas
     n = len(betas)
-    if steps is not None and steps != n:
+    if steps is not None and count("steps", steps) != n:
         raise ValueError(f"steps: compat={DDPM_PEER!r} keeps the schedule's {n}, got {steps!r}")
     return [_ddpm_step(run.sde, i) for i in range(n - 1, -1, -1)]
 

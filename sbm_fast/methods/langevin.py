@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sbm_fast.methods.setup import Setup, not_negative
-from sbm_fast.process import count, finite
+from sbm_fast.methods.setup import Setup
+from sbm_fast.process import TOLERANCE, count, finite
 
 if TYPE_CHECKING:
     from sbm_fast.methods.builder import Evaluation, Lin
     from sbm_fast.methods.setup import Schedule
     from sbm_fast.plan import Plan
+    from sbm_fast.process import SDE
 
 RELATIVE_STEP = 0.062
 """ε / σ² of NCSNv2 on CIFAR-10: 6.2e-6 at σ_L = 0.01."""
@@ -78,6 +79,15 @@ def ald(
     return b.build(steps=len(times), inner_steps=inner_steps, step_size=step_size, denoise=denoise)
 
 
+def _noisy_time(name: str, t: object, sde: SDE) -> float:
+    time = finite(name, t)
+    if not 0 <= time <= sde.t_max * (1 + TOLERANCE):
+        raise ValueError(f"{name}: expected a time in [0, {sde.t_max:g}], got {t!r}")
+    if sde.std(time) == 0:
+        raise ValueError(f"{name}: there is no noise at this time (σ = 0), got {t!r}")
+    return time
+
+
 def langevin(
     run: Setup,
     *,
@@ -105,9 +115,10 @@ def langevin(
         raise ValueError(f"t_max: langevin runs at one level t, got t_max={run.t_max!r}")
     if t is not None and run.t_min is not None:
         raise ValueError(f"t_min: langevin runs at t, got both t={t!r} and t_min={run.t_min!r}")
+    name = "t" if run.t_min is None else "t_min"
     if t is None:
         t = run.sde.t_min if run.t_min is None else run.t_min
-    t = not_negative("t", t)
+    t = _noisy_time(name, t, run.sde)
     steps = count("steps", 1000 if steps is None else steps)
     denoise = run.denoise_mode(False, "mean", "tweedie", False)
     sigma = float(run.sde.std(t))

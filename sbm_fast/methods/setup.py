@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sbm_fast.methods.builder import PlanBuilder
-from sbm_fast.process import count, finite
-from sbm_fast.schedule import time_grid
+from sbm_fast.process import count, finite, real_array
+from sbm_fast.schedule import time_grid, time_range
 from sbm_fast.sde import EDMSDE, SDE, Ladder
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ class Setup:
         """
         extra = int(ends)
         if schedule is not None and not isinstance(schedule, str):
-            schedule = np.asarray(schedule, dtype=np.float64)
+            schedule = real_array("schedule", schedule)
             if schedule.ndim != 1 or len(schedule) <= extra:
                 raise ValueError(
                     f"schedule: expected at least {1 + extra} times in one dimension, got shape "
@@ -85,26 +84,31 @@ class Setup:
                 raise ValueError(
                     f"schedule: steps={steps} needs {steps + extra} times, got {len(schedule)}"
                 )
-            points = len(schedule)
+            points: int | None = len(schedule)
         else:
-            if steps is None:
-                steps = self.levels or default
-            points = count("steps", steps) + extra
+            points = None if steps is None else count("steps", steps) + extra
         if schedule is None:
             schedule = kind or ("karras" if isinstance(self.sde, EDMSDE) else "uniform")
         t_max = self.t_max if t_max is None else t_max
         t_min = self.t_min if t_min is None else t_min
+        if points is None:
+            points = self._levels(t_max, t_min) or default + extra
         options = {} if rho is None else {"rho": rho}
         return time_grid(self.sde, points, schedule, t_max=t_max, t_min=t_min, **options)
 
     @property
     def levels(self) -> int:
-        """Number of a ladder's levels between t_min and t_max, 0 for a continuous SDE."""
+        """Number of a ladder's levels between t_min and t_max, 0 for a continuous SDE.
+
+        ValueError or TypeError naming ``t_max`` or ``t_min``.
+        """
+        return self._levels(self.t_max, self.t_min)
+
+    def _levels(self, t_max: float | None, t_min: float | None) -> int:
         if not isinstance(self.sde, Ladder):
             return 0
-        high = self.sde.t_max if self.t_max is None else self.t_max
-        low = self.sde.t_min if self.t_min is None else self.t_min
-        return math.floor(high) - math.ceil(low) + 1
+        high, low = time_range(self.sde, t_max, t_min, strict=False)
+        return round(high - low) + 1
 
     def nsr_range(self) -> tuple[float, float]:
         """Lowest and highest nsr = σ/m that both the SDE and the network know."""
@@ -120,7 +124,7 @@ class Setup:
         if self.denoise is None:
             return default
         for mode in allowed:
-            if self.denoise == mode and isinstance(self.denoise, type(mode)):
+            if isinstance(self.denoise, type(mode)) and self.denoise == mode:
                 return mode
         names = ", ".join(repr(mode) for mode in (None, *allowed))
         raise ValueError(
@@ -130,7 +134,9 @@ class Setup:
 
     def check_compat(self, *peers: str) -> None:
         """ValueError unless ``compat`` is None or one of ``peers``."""
-        if self.compat is not None and self.compat not in peers:
+        if self.compat is None:
+            return
+        if not isinstance(self.compat, str) or self.compat not in peers:
             known = ", ".join(map(repr, peers)) or "no peer"
             raise ValueError(
                 f"compat: method {self.method!r} reproduces {known}, got {self.compat!r}"
