@@ -12,8 +12,9 @@ m' = 1, σ' = 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,6 +57,16 @@ def transition(level: tuple[float, float], following: tuple[float, float]) -> tu
     k = m / m_next
     beta = max(0.0, sigma**2 - (k * sigma_next) ** 2)
     return k, beta, sigma_next * math.sqrt(beta) / sigma
+
+
+def check_falling(times: Sequence[float], nsr: Sequence[float]) -> None:
+    """ValueError naming ``schedule`` unless σ/m falls from every time to the next, in float64."""
+    for (t, high), (t_next, low) in pairwise(zip(times, nsr, strict=True)):
+        if not low < high:
+            raise ValueError(
+                f"schedule: expected times with less and less noise, the times {float(t)!r} and "
+                f"{float(t_next)!r} have the same σ/m in float64"
+            )
 
 
 def chain_steps(

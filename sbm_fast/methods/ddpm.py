@@ -82,6 +82,11 @@ def ddpm(
         m_next, sigma_next = b.level(step.t_next)
         mean = (m_next * step.beta * e.D + step.k * sigma_next**2 * e.x) / e.sigma**2
         if variance == "learned":
+            if step.posterior_std <= 0:
+                raise ValueError(
+                    f"schedule: expected times that lie further apart, {step.t!r} and "
+                    f"{step.t_next!r} have the same σ/m in float64 (β = 0 has no logarithm)"
+                )
             b.row(mean + e.z, log_std=(math.log(step.posterior_std), 0.5 * math.log(step.beta)))
         else:
             std = math.sqrt(step.beta) if variance == "beta" else step.posterior_std

@@ -11,6 +11,7 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from sbm_fast.methods.chain import check_falling
 from sbm_fast.methods.ddim import few_levels
 from sbm_fast.methods.setup import ENDS_CLEAN, Setup, choice, not_negative
 
@@ -96,6 +97,7 @@ def _multistep(
     sigmas = [b.level(t)[1] for t in times]
     if sigmas[-1] == 0:
         raise ValueError(f"t_min: there is no noise at t = {times[-1]:g} (σ = 0), λ is infinite")
+    check_falling(times, sigmas)
     lengths = [math.log(high / low) for high, low in pairwise(sigmas)]
     for i, h in enumerate(lengths):
         e = b.evaluate(times[i])

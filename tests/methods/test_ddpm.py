@@ -333,3 +333,12 @@ def test_compat_needs_a_schedule() -> None:
     model = ScoreModel(lambda x, t: x, "eps", sde=VPSDE())
     with pytest.raises(ValueError, match="sde: compat='ddpm' needs a DDPMSchedule"):
         make_plan("ddpm", model, VPSDE(), compat="ddpm")
+
+
+def test_learned_variance_of_a_step_without_noise() -> None:
+    t = 0.999e-9
+    times = [0.9, t, float(np.nextafter(t, 0)), 1e-12]
+    model = ScoreModel(lambda x, t: x, "eps", variance="learned_range")
+    with pytest.raises(ValueError, match=r"^schedule: .* same σ/m in float64"):
+        make_plan("ddpm", model, VPSDE(), schedule=times)
+    assert make_plan("ddpm", model, VPSDE(), schedule=times, variance="beta").nfe == 4

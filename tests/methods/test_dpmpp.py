@@ -42,7 +42,7 @@ from sbm_fast.methods.dpmpp import _slope_weight
 from sbm_fast.model import ScoreModel
 from sbm_fast.plan import Plan, Z
 from sbm_fast.schedule import time_grid
-from sbm_fast.sde import DDPMSchedule
+from sbm_fast.sde import EDMSDE, VESDE, DDPMSchedule
 
 ALL = tuple(WORLDS)
 STEPS = 7
@@ -276,3 +276,15 @@ def test_the_mixture_is_reached() -> None:
 def test_what_is_refused(method: str, options: dict[str, Any], error: Any, match: str) -> None:
     with pytest.raises(error, match=match):
         plan_of(method, **options)
+
+
+@pytest.mark.parametrize("method", ["dpmpp_2m", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("solver", ["midpoint", "heun"])
+def test_times_with_one_noise_level_leave_no_step(method: str, solver: str) -> None:
+    net, sde = (lambda x, t: x), VESDE()
+    for times in ([0.9, 1e-17, 9e-18], [1e-17, 9e-18], [0.9, 2e-17, 1e-17, 0.0]):
+        with pytest.raises(ValueError, match=r"^schedule: .* have the same σ/m in float64"):
+            make_plan(method, net, sde, schedule=times, solver=solver)
+    # neighbours in float64 that are two levels
+    times = [9.0, 1.0, float(np.nextafter(1.0, 0.0)), 0.1]
+    assert make_plan(method, net, EDMSDE(), schedule=times, solver=solver).nfe == 4
