@@ -7,15 +7,19 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from sbm_fast.methods.chain import chain_steps
+from sbm_fast.methods.chain import Step, chain_steps
 from sbm_fast.methods.clipping import DynamicThreshold
 from sbm_fast.methods.setup import ENDS_CLEAN, Setup, not_negative
+from sbm_fast.process import count
+from sbm_fast.sde import Ladder
 
 if TYPE_CHECKING:
     from sbm_fast.methods.setup import Schedule
     from sbm_fast.plan import Plan
 
 _STEPS = 50
+_SLACK = 1e-12
+"""Rounding of ς against σ', which are equal where η = σ/√β."""
 
 
 def ddim(
@@ -35,7 +39,8 @@ def ddim(
         run: the run.
         steps: number of evaluations, default 50 (a ladder is respaced to that many levels).
         schedule: kind of time grid, or the sub-sequence of times itself, descending.
-        eta: η ≥ 0.
+        eta: η ≥ 0 with ς ≤ σ' in every step but the last: η ≤ 1 always is, more (up to the least
+            σ/√β) where the steps are long. ValueError beyond.
         rederive_eps: with clip_denoised, take ε from the clamped D (guided-diffusion), or False:
             straight from the network (diffusers' default); True only with a `DynamicThreshold`.
 
@@ -49,17 +54,29 @@ def ddim(
     b = run.builder(float(times[0]))
     b.start()
     levels = [b.level(float(t)) for t in times]
-    for i, step in enumerate(chain_steps(times, b.level, ends=False)):
+    path = chain_steps(times, b.level, ends=False)
+    for i, step in enumerate(path):
         e = b.evaluate(step.t)
         if step.clean:
             b.row(e.D)
             continue
         m_next, sigma_next = levels[i + 1]
         std = eta * step.posterior_std
+        if std > sigma_next * (1 + _SLACK):
+            raise _beyond(eta, path, levels)
         eps = e.eps if rederive_eps else e.eps_raw
         x = m_next * e.D + math.sqrt(max(0.0, sigma_next**2 - std**2)) * eps
         b.row(x + std * e.z if std > 0 else x)
     return b.build(steps=len(times), eta=eta, rederive_eps=rederive_eps)
+
+
+def _beyond(eta: float, path: list[Step], levels: list[tuple[float, float]]) -> ValueError:
+    noisy = zip(path, levels[1:], strict=False)  # the clean step has no level after it
+    largest = min(sigma / step.posterior_std for step, (_, sigma) in noisy if step.posterior_std)
+    return ValueError(
+        f"eta: expected at most {largest!r} on these times (ς ≤ σ' in every step; 1 always is), "
+        f"got {eta!r}"
+    )
 
 
 def ddim_inversion(
@@ -99,6 +116,7 @@ def ddim_inversion(
             f"x_init: method {run.method!r} starts from data, give them as x_init (the state at "
             "t_min in the SDE's own scale)"
         )
+    _check_levels(run, steps)
     steps = few_levels(run, steps, schedule, _STEPS, ends=True)
     times = run.times(steps, schedule, default=_STEPS, ends=True)[::-1].tolist()
     b = run.builder(times[0])
@@ -110,6 +128,22 @@ def ddim_inversion(
         m_next, sigma_next = b.level(t_next)
         b.row(m_next * e.D + sigma_next * (e.eps if rederive_eps else e.eps_raw))
     return b.build(steps=len(times) - 1, rederive_eps=rederive_eps)
+
+
+def _check_levels(run: Setup, steps: int | None) -> None:
+    """A ladder needs a level more than steps; the grid would speak of its times."""
+    if not isinstance(run.sde, Ladder):
+        return
+    if run.levels < 2:
+        name = "sde" if run.sde.levels < 2 else "t_min" if run.t_max is None else "t_max"
+        raise ValueError(
+            f"{name}: method {run.method!r} needs two levels of the ladder in its range, got one"
+        )
+    if steps is not None and count("steps", steps) >= run.levels:
+        raise ValueError(
+            f"steps: {run.levels} levels of the ladder are in the range, so method {run.method!r} "
+            f"takes at most {run.levels - 1} steps, got {steps}"
+        )
 
 
 def few_levels(

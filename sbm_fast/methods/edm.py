@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sbm_fast.methods.setup import ENDS_CLEAN, Setup, not_negative
-from sbm_fast.process import finite
-from sbm_fast.schedule import time_grid
+from sbm_fast.process import finite, is_infinite
+from sbm_fast.schedule import time_grid, time_range
 from sbm_fast.sde import EDMSDE, Ladder
 
 if TYPE_CHECKING:
@@ -86,8 +86,9 @@ def edm(
         steps: n, default 18.
         schedule: kind of time grid ("karras" by default), or the n times themselves.
         rho: ρ of the Karras grid.
-        sigma_min, sigma_max: range of σ (nsr), default 0.002 to 80; clamped to the range that
-            SDE and network know. ``t_max`` and ``t_min`` say the same in times.
+        sigma_min, sigma_max: range of σ (nsr), default 0.002 to 80, or all of it where
+            ``schedule`` gives the times; clamped to the range that SDE and network know, and on a
+            ladder to the levels inside. ``t_max`` and ``t_min`` say the same in times.
         S_churn, S_min, S_max, S_noise: the paper's churn parameters.
         heun: False leaves out the correction.
 
@@ -108,7 +109,7 @@ def edm(
     churn = _Churn(
         gamma=min(not_negative("S_churn", S_churn) / n, math.sqrt(2) - 1),
         s_min=not_negative("S_min", S_min),
-        s_max=math.inf if S_max == math.inf else not_negative("S_max", S_max),
+        s_max=math.inf if is_infinite(S_max) else not_negative("S_max", S_max),
         s_noise=not_negative("S_noise", S_noise),
         highest=math.inf if run.compat else run.nsr_range()[1],
         rounded=_rounding(run) or float,
@@ -158,36 +159,73 @@ def _grid(
     ):
         if sigma is not None and t is not None:
             raise ValueError(f"{ours}: {ours}={sigma!r} and {theirs}={t!r} say the same, give one")
-    low, high = run.nsr_range()
-    if run.t_min is None:
-        low = max(low, finite("sigma_min", SIGMA_MIN if sigma_min is None else sigma_min, above=0))
-    if run.t_max is None:
-        high = min(
-            high, finite("sigma_max", SIGMA_MAX if sigma_max is None else sigma_max, above=0)
-        )
-    if not low < high:
-        raise ValueError(f"sigma_min, sigma_max: expected sigma_min < sigma_max, got {low}, {high}")
     karras = schedule is None or (isinstance(schedule, str) and schedule == "karras")
+    own_times = schedule is not None and not isinstance(schedule, str)
     rho = finite("rho", rho, above=0)
     rounded = _rounding(run)
+    low, high = _nsr_range(run, sigma_min, sigma_max, own_times)
     if rounded and karras:
-        low = low if run.t_min is None else float(run.sde.nsr(run.t_min))
-        high = high if run.t_max is None else float(run.sde.nsr(run.t_max))
         sigmas = time_grid(EDMSDE(low, high), _STEPS if steps is None else steps, "karras", rho=rho)
     else:
-        t_min = float(run.sde.time_at_nsr(low)) if run.t_min is None else run.t_min
-        t_max = float(run.sde.time_at_nsr(high)) if run.t_max is None else run.t_max
+        free_min = run.t_min is None and own_times and sigma_min is None
+        free_max = run.t_max is None and own_times and sigma_max is None
+        t_max, t_min = _times_of(run, low, high)
         times = run.times(
             steps,
             schedule,
             default=_STEPS,
             kind="karras",
-            t_min=t_min,
-            t_max=t_max,
+            t_min=None if free_min else t_min,
+            t_max=None if free_max else t_max,
             rho=rho if karras else None,
         )
         sigmas = run.sde.nsr(times)
     return [rounded(float(sigma)) if rounded else float(sigma) for sigma in sigmas]
+
+
+def _nsr_range(
+    run: Setup, sigma_min: float | None, sigma_max: float | None, own_times: bool
+) -> tuple[float, float]:
+    """Lowest and highest σ/m of the grid; the paper's range is not one for times of one's own."""
+    low, high = run.nsr_range()
+    given = sigma_min is not None or sigma_max is not None
+    if not own_times:
+        sigma_min = SIGMA_MIN if sigma_min is None else sigma_min
+        sigma_max = SIGMA_MAX if sigma_max is None else sigma_max
+    # A range of times is checked as such, down to 0: what is not given shall not be blamed.
+    t_max, t_min = time_range(
+        run.sde, run.t_max, 0.0 if run.t_min is None else run.t_min, strict=False
+    )
+    if run.t_min is not None:
+        low = float(run.sde.nsr(t_min))
+    elif sigma_min is not None:
+        low = max(low, finite("sigma_min", sigma_min, above=0))
+    if run.t_max is not None:
+        high = float(run.sde.nsr(t_max))
+    elif sigma_max is not None:
+        high = min(high, finite("sigma_max", sigma_max, above=0))
+    if low < high or (own_times and not given):
+        return low, high
+    if given:
+        raise ValueError(f"sigma_min, sigma_max: expected sigma_min < sigma_max, got {low}, {high}")
+    name = "t_max" if run.t_max is not None else "t_min" if run.t_min is not None else "sde"
+    raise ValueError(
+        f"{name}: method {run.method!r} needs a range of noise levels σ/m, by default from "
+        f"{SIGMA_MIN:g} to {SIGMA_MAX:g}, got {low:g} to {high:g}; give the times as schedule"
+    )
+
+
+def _times_of(run: Setup, low: float, high: float) -> tuple[float, float]:
+    """(t_max, t_min) with these σ/m; on a ladder the levels inside."""
+    t_max = float(run.sde.time_at_nsr(high)) if run.t_max is None else run.t_max
+    t_min = float(run.sde.time_at_nsr(low)) if run.t_min is None else run.t_min
+    if isinstance(run.sde, Ladder):
+        t_max, t_min = float(math.floor(t_max)), float(math.ceil(t_min))
+        if t_min > t_max:
+            raise ValueError(
+                f"sigma_min, sigma_max: the ladder has no level with σ/m from {low:g} to {high:g}"
+            )
+    return t_max, t_min
 
 
 def _rounding(run: Setup) -> Rounding | None:

@@ -168,6 +168,24 @@ def test_what_is_refused(options: dict[str, Any], error: Any, match: str) -> Non
         plan_of("vp", **options)
 
 
+@pytest.mark.parametrize(
+    ("levels", "options", "match"),
+    [
+        (20, {"steps": 20}, "steps: .*at most 19 steps, got 20"),
+        (20, {"steps": 21}, "steps: .*at most 19 steps, got 21"),
+        (20, {"steps": 5, "t_max": 9, "t_min": 5}, "steps: .*at most 4 steps, got 5"),
+        (1, {}, "sde: method 'ddim_inversion' needs two levels"),
+        (1, {"steps": 1}, "sde: method 'ddim_inversion' needs two levels"),
+        (20, {"t_max": 0}, "t_max: method 'ddim_inversion' needs two levels"),
+        (20, {"t_min": 19}, "t_min: method 'ddim_inversion' needs two levels"),
+    ],
+)
+def test_levels_that_are_not_there(levels: int, options: dict[str, Any], match: str) -> None:
+    sde = DDPMSchedule.linear(levels)
+    with pytest.raises(ValueError, match=f"^{match}"):
+        make_plan("ddim_inversion", lambda x, t: x, sde, given_start=True, **options)
+
+
 def test_sample_needs_data() -> None:
     with pytest.raises(ValueError, match="x_init: method 'ddim_inversion' starts from data"):
         sample(torch_network("vp"), WORLDS["vp"].sde, (6, 2), method="ddim_inversion")

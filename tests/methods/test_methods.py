@@ -23,7 +23,7 @@ from sbm_fast.methods import FROM_DATA, METHODS, make_plan
 from sbm_fast.model import ScoreModel
 from sbm_fast.plan import Plan
 from sbm_fast.schedule import time_grid
-from sbm_fast.sde import VESDE, VPSDE, DDPMSchedule
+from sbm_fast.sde import EDMSDE, SDE, VESDE, VPSDE, DDPMSchedule
 
 FROM_NOISE = sorted(set(METHODS) - set(FROM_DATA))  # the others' starts: test_inversion.py
 
@@ -346,3 +346,104 @@ def test_a_changed_norm_or_an_open_register_gate_is_seen() -> None:
     coef[1, 0, 4] = 1e-300
     with pytest.raises(ValueError, match="reads register H0 before it is written"):
         replace(plan, coef=coef)
+
+
+@pytest.mark.parametrize(
+    ("sde", "steps"), [(VPSDE(), 5), (DDPMSchedule.linear(20), 20), (VESDE(0.1, 1.0), 9)]
+)
+def test_ddim_refuses_noise_beyond_the_next_level(sde: SDE, steps: int) -> None:
+    """η is bounded by σ/√β of the steps that draw noise; there σ'² − ς² = 0."""
+    net = lambda x, t: x  # noqa: E731
+    times = time_grid(sde, steps)
+    (m, sigma) = sde.mean_scale(times), sde.std(times)
+    beta = sigma[:-1] ** 2 - (m[:-1] / m[1:] * sigma[1:]) ** 2
+    largest = float((sigma[:-1] / np.sqrt(beta)).min())
+    assert largest > 1
+    for eta in (1.0, largest * (1 - 1e-9), largest):
+        make_plan("ddim", net, sde, steps=steps, eta=eta)
+    for eta in (largest * (1 + 1e-6), 1.5 * largest):
+        with pytest.raises(ValueError, match=r"^eta: expected at most ") as caught:
+            make_plan("ddim", net, sde, steps=steps, eta=eta)
+        named = float(str(caught.value).split("at most ")[1].split(" ")[0])
+        assert named == pytest.approx(largest, rel=1e-12)
+        make_plan("ddim", net, sde, steps=steps, eta=named)
+    assert make_plan("ddim", net, sde, steps=1, eta=9.0).nfe == 1  # draws none
+
+
+LADDER = DDPMSchedule.linear(20)
+
+
+@pytest.mark.parametrize(
+    "method", ["ddim", "ddim_inversion", "dpmpp_2m", "ald", "ancestral", "edm"]
+)
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"t_max": "x"}, TypeError, "t_max: expected a number"),
+        ({"t_max": float("nan")}, ValueError, "t_max: expected a finite number"),
+        ({"t_max": -5}, ValueError, r"t_max: expected a time in \[0, 19\]"),
+        ({"t_max": 3.5}, ValueError, "t_max: the times of a ladder are whole"),
+        ({"t_max": 10**400}, ValueError, "t_max: expected a number that float64 holds"),
+        ({"t_min": "x"}, TypeError, "t_min: expected a number"),
+        ({"t_min": 99}, ValueError, "t_min: expected less than t_max = 19"),
+        ({"t_min": 5, "t_max": 0}, ValueError, "t_min: expected less than t_max = 0"),
+    ],
+)
+def test_a_range_is_checked_before_levels_are_counted(
+    method: str, options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=f"^{match}"):
+        make_plan(method, lambda x, t: x, LADDER, given_start=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "match"),
+    [
+        ("langevin", {"t_min": 2.0}, "t_min: expected a time in"),
+        ("langevin", {"t_min": 0.0}, "t_min: there is no noise"),
+        ("langevin", {"t": -1.0}, "t: expected a time in"),
+        ("langevin", {"t": 0.0}, "t: there is no noise"),
+        ("ddim", {"t_max": 0}, "t_max: expected more than t_min, 0.001 where none is given"),
+        ("em", {"t_max": 1e-4}, "t_max: expected more than t_min"),
+        ("edm", {"t_max": 0}, "t_max: method 'edm' needs a range"),
+        ("pc", {"t_min": 2.0, "compat": "score_sde"}, "t_min: expected less than t_max = 1"),
+    ],
+)
+def test_what_was_given_is_named(method: str, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=f"^{match}"):
+        plan_of(method, **options)
+
+
+@pytest.mark.parametrize(
+    ("sde", "times"),
+    [(VPSDE(), [1.0, 0.5, 0.01]), (EDMSDE(0.002, 200.0), [150.0, 5.0, 0.001]), (LADDER, [19, 0])],
+)
+def test_edm_takes_times_beyond_its_default_range(sde: SDE, times: list[float]) -> None:
+    net = lambda x, t: x  # noqa: E731
+    plan = make_plan("edm", net, sde, schedule=times, heun=False)
+    np.testing.assert_allclose(plan.time[1:], times, rtol=1e-12)
+    narrow = {"sigma_max": float(sde.nsr(times[0])) / 2, "sigma_min": float(sde.nsr(times[-1])) * 2}
+    for name, value in narrow.items():
+        with pytest.raises(ValueError, match=r"^schedule: expected times in"):
+            make_plan("edm", net, sde, schedule=times, **{name: value})  # type: ignore[arg-type]
+
+
+def test_edm_on_ladders() -> None:
+    """The default range is that of the levels inside 0.002 … 80; a single level has none."""
+    net, high = (lambda x, t: x), DDPMSchedule.linear(1000)
+    plan = make_plan("edm", net, high, steps=5, heun=False)
+    assert high.nsr(plan.time[1]) <= 80 < high.nsr(plan.time[1] + 1) and plan.time[-1] == 0
+    one = DDPMSchedule.linear(1)
+    with pytest.raises(ValueError, match=r"^sde: method 'edm' needs a range"):
+        make_plan("edm", net, one)
+    assert make_plan("edm", net, one, schedule=[0]).nfe == 1
+
+
+def test_arrays_are_no_names_and_no_bounds() -> None:
+    array = np.array([1.0, 2.0])
+    for method, name in (("edm", "S_max"), ("ddim", "eta"), ("pc", "snr"), ("em", "steps")):
+        with pytest.raises(TypeError, match=f"^{name}: expected "):
+            plan_of(method, **{name: array})
+    for name in ("compat", "denoise"):
+        with pytest.raises(ValueError, match=f"^{name}: method"):
+            plan_of("pc", **{name: array})
