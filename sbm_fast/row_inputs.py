@@ -11,8 +11,9 @@ step as tensors instead:
   F' = (D_s − p·x)/q = F + (D_s − D)/q: where nothing changes, F' is F to the bit.
 
 Guidance is folded into F before the threshold: guide first, then clamp. v is that of the
-conditional output. A NaN or infinity in F or v stays one in what the step reads, so that it is
-reported. All numbers are gathered by the device tensor `row`; nothing is read back.
+conditional output. A NaN or infinity in F, or in v where a row reads it, stays one in what the step
+reads, so that it is reported. All numbers are gathered by the device tensor `row`; nothing is read
+back.
 """
 
 from __future__ import annotations
