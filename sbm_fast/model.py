@@ -99,7 +99,7 @@ class ScoreModel:
         self.sample_shape = None if sample_shape is None else _checked_shape(sample_shape)
         self.sigma_data = finite("sigma_data", sigma_data, above=0)
         self.null_cond = null_cond
-        if variance not in VARIANCES:
+        if variance is not None and (not isinstance(variance, str) or variance not in VARIANCES):
             raise ValueError(f"variance: expected one of {VARIANCES}, got {variance!r}")
         self.variance = variance
         if self.sde is not None:

@@ -129,9 +129,9 @@ class Sampler:
     def plan(self) -> Plan:
         """The table that runs: the one given as method, else the one for no x_init (for one, where
         the method starts from data)."""
-        own = self._own_plan
-        given = self._plan_arguments["method"] in FROM_DATA if own is None else _begins_given(own)
-        return self._table(given).plan
+        own, method = self._own_plan, self._plan_arguments["method"]
+        from_data = isinstance(method, str) and method in FROM_DATA
+        return self._table(from_data if own is None else _begins_given(own)).plan
 
     def _table(self, given_start: bool) -> Table:
         if given_start not in self._tables:

@@ -241,3 +241,11 @@ def test_cancellation_warns_for_a_coarse_network() -> None:
     model = ScoreModel(cases.network, predicts="x0")
     with pytest.warns(UserWarning, match="cancels digits"):
         Sampler(model, cases.VP, (4, 6), method="em", steps=50, net_dtype=torch.bfloat16)
+
+
+def test_arrays_are_no_names() -> None:
+    names = np.array(["em", "ddim"])
+    with pytest.raises(ValueError, match="method: unknown method"):
+        sbm_fast.Sampler(lambda x, t: -x, sbm_fast.VPSDE(), (2, 2), method=names)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="variance: expected one of"):
+        sbm_fast.ScoreModel(lambda x, t: -x, variance=names)  # type: ignore[arg-type]
