@@ -26,12 +26,19 @@ bool is_one_launch(const StepArgs<S>& a, bool coupled) {
   return !coupled && fits_one_block(a.batch, a.numel) && (a.registers == 0 || uses_dense(a));
 }
 
+// What a multiprocessor of Turing has room for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostBlocks = 1024 / kThreads;
+#else
+constexpr int kMostBlocks = 5;
+#endif
+
 // Blocks that a multiprocessor should hold: as many as the registers of each kernel allow.
 template <class S, class Io, bool kExtras>
 constexpr int kBlocks = sizeof(S) > sizeof(float) ? 1
                         : !Io::kOneOrigin         ? 2
                         : kExtras                 ? 3
-                                                  : 5;
+                                                  : kMostBlocks;
 
 template <class S, class Io, bool kSlots, bool kNorms, bool kExtras>
 __global__ __launch_bounds__(kThreads, (kBlocks<S, Io, kExtras>)) void step(

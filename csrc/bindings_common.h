@@ -56,6 +56,10 @@ inline TensorView view(const Home& home, const Tensor& t, int64_t first, const c
   v.dtype = dtype_of(t, name);
   const auto sizes = t.sizes(), strides = t.strides();
   v.sample_stride = strides[size_t(first)];
+  if (sizes[size_t(first)] <= 1) {  // nothing is that far away: as if dense
+    v.sample_stride = 1;
+    for (size_t d = size_t(first) + 1; d < sizes.size(); ++d) v.sample_stride *= sizes[d];
+  }
   for (size_t d = size_t(first) + 1; d < sizes.size(); ++d) {
     const int64_t size = sizes[d], stride = strides[d];
     if (size == 1) continue;
@@ -133,17 +137,26 @@ inline bool same_place(const TensorView& a, const TensorView& b) {
   return same;
 }
 
+// Bytes from the first element to behind the last one.
+inline int64_t reach(const TensorView& v, int64_t batch) {
+  bool empty = batch == 0;
+  int64_t last = (batch - 1) * v.sample_stride;
+  for (int d = 0; d < v.dims; ++d) {
+    empty = empty || v.size[d] == 0;
+    last += (v.size[d] - 1) * v.stride[d];
+  }
+  return empty ? 0 : (last + 1) * element_size(v);
+}
+
 // The network may hand back what it was given, but not another view of it: the step writes `to`
 // while it reads F, in the same order only if both lie in the same way.
 inline void check_alias(const TensorView& f, const TensorView& to, int64_t batch, const char* name,
                         const char* what) {
   if (!f.given() || !to.given() || same_place(f, to)) return;
-  int64_t last = (batch - 1) * to.sample_stride;
-  for (int d = 0; d < to.dims; ++d) last += (to.size[d] - 1) * to.stride[d];
-  const char* const begin = static_cast<const char*>(to.data);
-  const char* const at = static_cast<const char*>(f.data);
-  STD_TORCH_CHECK(at < begin || at > begin + last * element_size(to), name, ": is another view of ",
-                  what, "; return a tensor of its own");
+  const char* const read = static_cast<const char*>(f.data);
+  const char* const written = static_cast<const char*>(to.data);
+  STD_TORCH_CHECK(read + reach(f, batch) <= written || written + reach(to, batch) <= read, name,
+                  ": is another view of ", what, "; return a tensor of its own");
 }
 
 // What both ops read.

@@ -48,7 +48,7 @@ SBM_HD float widen(Half v) {
 
 // Round to nearest even; a NaN stays one.
 SBM_HD uint16_t bf16_bits(float v) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint16_t to;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to) : "f"(v));
   return to;

@@ -19,7 +19,10 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, c
     const auto error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // reported here, not once more by whoever launches next
+      return error;
+    }
   }
   kernel<<<grid, block, shared, stream>>>(args...);
   return cudaGetLastError();

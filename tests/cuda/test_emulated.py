@@ -98,6 +98,36 @@ def test_promises_that_are_not_kept_show_as_nan() -> None:
     assert out["x"][1].isnan().all() and out["x"][[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "emulated"])
+@pytest.mark.parametrize("shift", [-36, -1, 1, 36, -72, 72])
+def test_an_output_that_begins_before_or_within_the_state(backend: str, shift: int) -> None:
+    """Two windows of one buffer: refused where they share memory, from either side."""
+    case = cases.make((2, 36), [ROWS.index("plain")] * 2)
+    buffer = torch.zeros(3 * 72)
+    x, network = (buffer[at : at + 72].view(2, 36).copy_(case.x) for at in (72, 72 + shift))
+    given = (x, network, None, None, None, case.keys, case.row, *without_registers(case))
+    if abs(shift) == 72:
+        call(backend, "affine_step_", *given, None, None, None, None, None)
+        return
+    with pytest.raises(RuntimeError, match="network: is another view of the state"):
+        call(backend, "affine_step_", *given, None, None, None, None, None)
+
+
+def test_the_stride_of_a_single_sample_says_nothing() -> None:
+    case = cases.make((1, 3, 32, 32), [ROWS.index("plain")], net_dtype=torch.bfloat16)
+    assert case.network is not None
+    stepped = [
+        step("emulated", replace(case, x=x, network=network))["x"]
+        for x, network in (
+            (case.x, case.network),
+            (case.x.as_strided(case.x.shape, (7, 1024, 32, 1)),
+             case.network.as_strided(case.x.shape, (0, 1024, 32, 1))),
+        )
+    ]  # fmt: skip
+    assert stepped[0] is not None and stepped[1] is not None
+    assert differences(*stepped) == 0
+
+
 HUGE = 2**32 + 4 * 1024
 
 

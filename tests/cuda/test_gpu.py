@@ -65,12 +65,14 @@ def test_work_goes_to_the_current_stream() -> None:
     """Behind a long wait on a side stream nothing may have happened; then all of it has."""
     case = cases.make((16, 3, 32, 32), [ROWS.index("batch_mean")] * 16)
     given = arguments(case)
+    z = torch.zeros_like(given["x"])
+    step(arguments(case))  # a kernel's first launch loads its module, and may wait for the device
+    OPS.normal_(torch.zeros_like(z), given["keys"], 1, 2)
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(200_000_000)
         step(given)
-        z = torch.zeros_like(given["x"])
         OPS.normal_(z, given["keys"], 1, 2)
     before = given["x"].clone()  # on the default stream, which does not wait
     torch.cuda.default_stream().synchronize()
@@ -151,9 +153,9 @@ def test_nothing_is_read_back() -> None:
 
 
 def test_more_than_two_to_the_31_elements() -> None:
-    """A sample whose last elements are the noise that its words say: 13 GB."""
-    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
-        pytest.skip("needs 16 GB of free device memory")
+    """A sample whose last elements are the noise that its words say: 21.5 GB."""
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GB of free device memory")
     numel = 2**31 + 4096
     case = cases.make((1, 4), [ROWS.index("plain")])
     x = torch.zeros(1, numel, device="cuda")
