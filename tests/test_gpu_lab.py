@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu_lab
 from benchmarks.baselines import FixedNoise, Tuned
-from benchmarks.gpu import checks, files, readme, table
+from benchmarks.gpu import checks, conformance, files, readme, table
 from benchmarks.gpu.comparison import Comparison
 from benchmarks.gpu.context import Context, Entries
 from benchmarks.gpu.phases import MOST, Phase, all_phases
@@ -224,7 +225,40 @@ def test_comparison_is_judged_but_for_a_dry_run() -> None:
     assert ours["fraction"]["verdict"] == "missed"
     assert entry["failed"] == {"wrong": "AssertionError: is off"}
     assert set(entry["results"]) == {"ours", SCORE_SDE}
+    assert entry["not_measured"] == {}
     assert "verdict" not in json.dumps(compared(DRY)) and "goal" not in json.dumps(compared(DRY))
+
+
+def test_goal_of_a_failed_case_is_not_silent(tmp_path: Path) -> None:
+    def wrong() -> tuple[Timed, dict[str, float]]:
+        raise AssertionError("is off")
+
+    def case(context: Context) -> Entries:
+        comparison = Comparison(context, "method", unavailable={"triton": "none"})
+        comparison.add("ours", wrong)
+        comparison.add(SCORE_SDE, lambda: (Timed(lambda: None), {}))
+        comparison.measure(5)
+        comparison.ratios(["ours"], [Goal(SCORE_SDE, 2, 3)])
+        assert math.isnan(comparison.rate("ours", 1.0, "B/s"))
+        yield comparison.entry()
+
+    assert not work({"case": case}, FULL, tmp_path / "part.json")
+    entry = files.read_json(tmp_path / "part.json")["entries"]["case"]
+    assert entry["unavailable"] == {"triton": "none"} and list(entry["failed"]) == ["ours"]
+    lines = list(table.judgements({"phases": {"em": {"entries": {"case": entry}}}}))
+    assert len(lines) == 1 and lines[0].startswith("NOT MEASURED") and "is off" in lines[0]
+
+
+def test_conformance_begins_with_what_matters() -> None:
+    order = [
+        "tests/test_capture_gpu.py::test_a",
+        "tests/ops/test_noise.py::test_b[cuda-3]",
+        "tests/test_noise.py::test_c",
+        "tests/ops/test_noise.py::test_b[triton-3]",
+        "tests/kernels/test_launch.py::test_d[cuda]",
+    ]
+    assert sorted(reversed(order), key=conformance.place)[0] in order[:2]
+    assert [conformance.place(name) for name in order] == [0, 0, 1, 2, 2]
 
 
 def test_law_finds_wrong_factors() -> None:

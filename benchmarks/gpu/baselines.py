@@ -1,5 +1,7 @@
 """The plain implementations of `benchmarks.baselines` as cases, held to the law of their result."""
 
+import copy
+
 from torch import Tensor, nn
 
 from benchmarks.baselines import (
@@ -41,7 +43,7 @@ class Baselines:
         stepper = Compiled(self.network, self.corrector)
         comparison.add(COMPILED, lambda: self.case(stepper, steps))
         if graph:
-            comparison.add(COMPILED_GRAPH, lambda: self.captured(stepper, steps))
+            comparison.add(COMPILED_GRAPH, lambda: self.captured(copy.copy(stepper), steps))
 
     def case(self, stepper: Stepper, steps: int) -> tuple[Timed, Errors]:
         stepper.reset(self.start)

@@ -1,5 +1,6 @@
 """An entry of the record: implementations of the same thing, checked, timed and judged."""
 
+import math
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,15 +19,24 @@ COPY = "copy"
 class Comparison:
     """Collects cases, times them interleaved, and gives the entry.
 
-    A case that cannot be made, or is not right, is left out and stands under "failed".
+    A case that cannot be made, or is not right, is left out and stands under "failed"; a
+    backend that this machine does not have, which is no failure, under "unavailable".
     """
 
-    def __init__(self, context: Context, method: str, **facts: Any) -> None:
+    def __init__(
+        self,
+        context: Context,
+        method: str,
+        unavailable: dict[str, str] | None = None,
+        **facts: Any,
+    ) -> None:
         self.context = context
         self.facts = {"method": method, **facts}
         self.cases: dict[str, Timed] = {}
         self.errors: dict[str, dict[str, float]] = {}
         self.failed: dict[str, str] = {}
+        self.unavailable = dict(unavailable or {})
+        self.not_measured: dict[str, str] = {}
         self.summaries: dict[str, Summary] = {}
         self.extra: dict[str, Any] = {}
 
@@ -59,14 +69,22 @@ class Comparison:
             }
         for label, values in self.extra.items():
             results.setdefault(label, {}).update(values)
-        return {**self.facts, "results": results, "failed": self.failed}
+        return {
+            **self.facts,
+            "results": results,
+            "failed": self.failed,
+            "unavailable": self.unavailable,
+            "not_measured": self.not_measured,
+        }
 
     def note(self, label: str, **values: Any) -> None:
         """Further values beside a label's times."""
         self.extra.setdefault(label, {}).update(values)
 
     def rate(self, label: str, amount: float, unit: str) -> float:
-        """`amount` per step over the median."""
+        """`amount` per step over the median; NaN where there is none."""
+        if label not in self.summaries:
+            return math.nan
         rate = amount / self.summaries[label].median
         self.note(label, rate=rate, unit=unit)
         return rate
@@ -78,8 +96,12 @@ class Comparison:
 
         `judged`: those of ours that the goals are meant for; None: all.
         """
-        ours = [label for label in ours if label in self.summaries]
+        ours = list(ours)
         judged = ours if judged is None else list(judged)
+        for own in judged:
+            for goal in goals:
+                self.miss(own, goal.baseline)
+        ours = [label for label in ours if label in self.summaries]
         for own in ours:
             held = {goal.baseline: goal for goal in goals} if own in judged else {}
             times = {
@@ -88,6 +110,12 @@ class Comparison:
                 if label not in (*ours, COPY)
             }
             self.note(own, ratios=times)
+
+    def miss(self, own: str, against: str) -> None:
+        """Keeps that a goal has no figure, where one of its two cases failed."""
+        for label in (own, against):
+            if label in self.failed:
+                self.not_measured[f"{own}, {against}"] = f"{label}: {self.failed[label]}"
 
     def ratio(self, other: Summary, own: Summary, goal: Goal | None) -> dict[str, Any]:
         rounds = min(len(other.values), len(own.values))

@@ -48,7 +48,7 @@ def large(context: Context, dtype: torch.dtype) -> Entries:
         bytes_per_element=per_element,
     )
     backends, unavailable = ours(context)
-    comparison.failed |= unavailable
+    comparison.unavailable |= unavailable
     comparison.add(COPY, lambda: (copies(context, context.size(2**28, 4096)), {}))
     for backend in backends:
         comparison.add(backend, partial(op_alone, context, backend, x, out))
@@ -72,6 +72,8 @@ def judge_share(
     comparison: Comparison, backends: tuple[str, ...], elements: int, per_element: int
 ) -> None:
     """Bytes that must move over the time they took, against the copy beside it."""
+    for backend in backends:
+        comparison.miss(backend, COPY)
     if COPY not in comparison.summaries:
         return
     bandwidth = comparison.rate(COPY, 2 * 4 * comparison.context.size(2**28, 4096), "B/s")
@@ -115,7 +117,7 @@ def small(context: Context) -> Entries:
         shape=shape,
     )
     backends, unavailable = ours(context)
-    comparison.failed |= unavailable
+    comparison.unavailable |= unavailable
     labels = []
     for backend in backends:
         for graph in (True, False):

@@ -53,6 +53,10 @@ def judgements(record: dict[str, Any]) -> Iterator[str]:
             f"{judged['verdict']:<9}{judged['ratio']:>7.2f}  (goal {judged['goal']:g}, moonshot "
             f"{judged['moonshot']:g})  {phase} {entry_name}: {label}, {against}"
         )
+    for phase_name, content in record["phases"].items():
+        for name, entry in content.get("entries", {}).items():
+            for pair, reason in entry.get("not_measured", {}).items():
+                yield f"NOT MEASURED  {phase_name} {name}: {pair} ({reason})"
 
 
 def _judged(record: dict[str, Any]) -> Iterator[tuple[str, str, str, str, dict[str, Any]]]:
@@ -101,6 +105,8 @@ def _entry(name: str, entry: dict[str, Any]) -> Iterator[str]:
                 goals = f"(goal {ratio['goal']:g}, moonshot {ratio['moonshot']:g})"
                 reached = f"  {goals} {ratio['verdict']}"
             yield f"    {against:<34}{ratio['ratio']:>9.2f}×  [{low:.2f}, {high:.2f}]{reached}"
+    for label, reason in entry.get("unavailable", {}).items():
+        yield f"  {label:<30}not available: {reason}"
     for label, reason in entry["failed"].items():
         yield f"  {label:<30}FAILED: {reason}"
 

@@ -131,4 +131,9 @@ def captured(run: Callable[[], object], context: Context) -> Callable[[], object
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    # The graph works on the memory of what it was captured from, which must outlive it.
+    def replay(held: object = run) -> None:
+        graph.replay()
+
+    return replay
