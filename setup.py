@@ -1,7 +1,8 @@
 """Compiles csrc/ into sbm_fast._C (the torch ops) and sbm_fast._host. The rest: pyproject.toml.
 
 Environment: SBM_FAST_CUDA=0|1 (default: whether nvcc is found; no GPU is needed to compile),
-TORCH_CUDA_ARCH_LIST (default "8.0 9.0+PTX"), MAX_JOBS, CXX, CUDA_HOME.
+TORCH_CUDA_ARCH_LIST (default "8.0 9.0+PTX"), SBM_FAST_WERROR=0 (nvcc's warnings, and those of the
+compiler behind it, are no errors), MAX_JOBS, CXX, CUDA_HOME.
 """
 
 import importlib.util
@@ -83,6 +84,13 @@ def find_nvcc() -> str | None:
     if found is None and choice == "1":
         sys.exit("SBM_FAST_CUDA=1, but nvcc is not in CUDA_HOME, /usr/local/cuda or PATH")
     return found
+
+
+def nvcc_flags() -> list[str]:
+    choice = os.environ.get("SBM_FAST_WERROR", "1")
+    if choice not in ("0", "1"):
+        sys.exit(f"SBM_FAST_WERROR: expected 0 or 1, got {choice!r}")
+    return [flag for flag in NVCC_FLAGS if choice == "1" or not flag.startswith("--Werror")]
 
 
 def gencode_flags(arch_list: str) -> list[str]:
@@ -202,24 +210,27 @@ class BuildExt(build_ext):
         if not (include / "Python.h").is_file():
             sys.exit(f"sbm_fast: no Python.h in {include}. Debian: apt install python3-dev")
         target = (TORCH_TARGET[0] << 56) | (TORCH_TARGET[1] << 48)
-        common = [f"-DTORCH_TARGET_VERSION={target:#018x}", f"-DSBM_X86={int(X86)}", f"-I{CSRC}"]
+        stable = [f"-DTORCH_TARGET_VERSION={target:#018x}"]
+        common = [f"-DSBM_X86={int(X86)}", f"-I{CSRC}"]
         # pybind11's headers come with torch's.
         common += ["-I.", "-isystem", str(self.torch.home / "include"), "-isystem", str(include)]
         cxx = find_compiler()
 
         file = NinjaFile()
         compile_file = ["$flags", "-c", "$in", "-o", "$out"]
-        file.rule("cxx", [*cxx, *CXX_FLAGS, *common, *compile_file], depfile=True)
+        file.rule("cxx", [*cxx, *CXX_FLAGS, *stable, *common, *compile_file], depfile=True)
+        # Without the target: torch 2.11's pybind11 refuses to stand beside it.
+        file.rule("host", [*cxx, *CXX_FLAGS, *common, *compile_file], depfile=True)
         file.rule("link", [*cxx, "-shared", "-o", "$out", "$in", "$flags"])
         if self.nvcc:
             arch = gencode_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 9.0+PTX")
-            flags = [*NVCC_FLAGS, *arch, *common]
+            flags = [*nvcc_flags(), *arch, *stable, *common]
             file.rule("nvcc", [self.nvcc, *flags, *compile_file], depfile=True)
             file.rule(
                 "nvlink", [self.nvcc, "-shared", "-cudart=static", "-o", "$out", "$in", "$flags"]
             )
 
-        file.build("host.o", "cxx", [str(HOST)])  # first: it takes longest
+        file.build("host.o", "host", [str(HOST)])  # first: it takes longest
         objects = []
         for source in library_sources(cuda=self.nvcc is not None):
             rule = "nvcc" if is_cuda(source) else "cxx"

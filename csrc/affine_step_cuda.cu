@@ -8,7 +8,6 @@ namespace {
 // Samples of so many tiles are stepped in one launch with their norms, a block each: always, and
 // where there are enough of them to fill a GPU.
 constexpr int64_t kAlwaysOneBlock = 4;
-constexpr int64_t kManySamples = 64;
 
 bool fits_one_block(int64_t batch, int64_t numel) {
   return numel <= kTile * (batch < kManySamples ? kAlwaysOneBlock : int64_t(kMostTiles));

@@ -89,7 +89,7 @@ inline int64_t numel_of_sample(const Tensor& x) {
 inline TensorView view_like(const Home& home, const MaybeTensor& t, const Tensor& x,
                             const char* name) {
   if (!t) return {};
-  STD_TORCH_CHECK(t->sizes() == x.sizes(), name, ": expected the shape of x");
+  STD_TORCH_CHECK(t->sizes().equals(x.sizes()), name, ": expected the shape of x");
   return view(home, *t, 0, name);
 }
 
@@ -204,7 +204,8 @@ void add_slots(const Home& home, sbm::StepArgs<S>& a, const MaybeTensor& registe
                const Tensor& x) {
   if (a.registers == 0) return;
   STD_TORCH_CHECK(registers && registers->dim() == x.dim() + 1 &&
-                      registers->size(0) >= a.registers && registers->sizes().slice(1) == x.sizes(),
+                      registers->size(0) >= a.registers &&
+                      registers->sizes().slice(1).equals(x.sizes()),
                   "registers: expected [", a.registers, ", *x.shape]");
   TensorView slot = view(home, *registers, 1, "registers");
   const int64_t step = registers->stride(0) * int64_t(sizeof(S));

@@ -11,6 +11,7 @@ namespace {
 constexpr int kThreads = 256;                // of a block
 constexpr int kGroup = 4;                    // elements of a thread: one Philox call
 constexpr int64_t kEnoughBlocks = 132 * 32;  // four waves of an H200
+constexpr int64_t kManySamples = 132 * 2;    // a block each keeps an H200 busy
 static_assert(kThreads * kGroup == kTile, "a block works on one tile at a time");
 
 // Where a block's threads find their work: tiles [first, first + count) of `sample`, of each the

@@ -120,13 +120,15 @@ __global__ __launch_bounds__(kThreads, 1) void squares(const __grid_constant__ S
     const int64_t at = place.sample * cover.blocks + place.first / cover.per_block;
     memory.sums[at] = sums.score;
     memory.sums[cover.batch * cover.blocks + at] = sums.noise;
-    __threadfence();  // before the ticket says that they are there
   }
   __syncthreads();
-  if (threadIdx.x == 0) scratch->last = atomicAdd(memory.ticket, 1u) == gridDim.x - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();  // what the block wrote comes before its ticket
+    scratch->last = atomicAdd(memory.ticket, 1u) == gridDim.x - 1;
+    __threadfence();  // and what the others wrote before what follows
+  }
   __syncthreads();
   if (!scratch->last) return;
-  __threadfence();
   finish<S, Io>(a, cover, epsilon, memory, coupled, *scratch);
   if (threadIdx.x == 0) *memory.ticket = 0;  // for the next launch
 }
@@ -137,7 +139,9 @@ template <class S>
 cudaError_t langevin_epsilon_cuda(const StepArgs<S>& args, S* epsilon, S* workspace, bool coupled,
                                   cudaStream_t stream) {
   if (args.batch == 0 || args.numel == 0) return cudaSuccess;
-  const Cover cover(args.batch, args.numel, kMostTiles);
+  const int64_t tiles = (args.numel + kTile - 1) / kTile;
+  const bool whole = tiles <= kMostTiles && args.batch >= kManySamples;
+  const Cover cover(args.batch, args.numel, whole ? 0 : kMostTiles);
   auto kernel = squares<S, AnyIo>;
   if constexpr (sizeof(S) == sizeof(float))
     if (all_dense(args)) kernel = squares<S, DenseIo>;

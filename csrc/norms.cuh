@@ -119,6 +119,7 @@ __device__ __forceinline__ void tile_sums(Quad<S>& score, Quad<S>& noise, int sh
       }
     }
   }
+  if (lane - int(threadIdx.x) % 32 > 0) return;  // only the first warp has something left to add
   for (; half > 0; half /= 2) {
     SBM_UNROLL
     for (int e = 0; e < 4; ++e) {

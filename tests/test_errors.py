@@ -246,6 +246,6 @@ def test_cancellation_warns_for_a_coarse_network() -> None:
 def test_arrays_are_no_names() -> None:
     names = np.array(["em", "ddim"])
     with pytest.raises(ValueError, match="method: unknown method"):
-        sbm_fast.Sampler(lambda x, t: -x, sbm_fast.VPSDE(), (2, 2), method=names)  # type: ignore[arg-type]
+        Sampler(lambda x, t: -x, cases.VP, (2, 2), method=names)
     with pytest.raises(ValueError, match="variance: expected one of"):
-        sbm_fast.ScoreModel(lambda x, t: -x, variance=names)  # type: ignore[arg-type]
+        ScoreModel(lambda x, t: -x, variance=names)

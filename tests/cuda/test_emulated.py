@@ -67,7 +67,7 @@ def test_blocks_of_several_tiles() -> None:
     norms = ("per_sample", "plain", "sqrt_d", "start", "per_sample", "history", "per_sample")
     large = few_live((4300, 1028), norms)
     agree("emulated", large)
-    chip = few_live((64, 16384), norms + norms)
+    chip = few_live((264, 16384), norms + norms)
     before = emulated.emulator().launches()
     agree("emulated", chip, workspace=None, coupled=False)
     assert emulated.emulator().launches() - before == 1
