@@ -44,6 +44,9 @@ def static_figures(record: dict[str, Any]) -> str:
         )
     nvcc = record["nvcc"].partition("/")[0].removeprefix("Build ")
     note = f"Calculated for sm_90 from the disassembly, not run on a GPU: `{record['command']}`"
+    note += (
+        ". Once round the loop; what a block does before it is not counted (docs/performance.md)"
+    )
     return "\n".join([*lines, "", f"{note}, nvcc {nvcc}."])
 
 
