@@ -329,8 +329,8 @@ def record() -> dict[str, Any]:
         "sources": SOURCES,
         "kernels": {arch: {} for arch in ARCHS},
         "dynamic_shared": (
-            "not in these figures: every step keeps its samples' coefficients there, one with norms "
-            "in one launch also 4 KiB of noise a tile"
+            "not in these figures: every step keeps its samples' coefficients there, one with "
+            "norms in one launch also 4 KiB of noise a tile"
         ),
         "fast_path": {arch: {} for arch in ARCHS},
     }

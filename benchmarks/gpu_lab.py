@@ -1,7 +1,7 @@
 """Builds, tests and measures on an offline machine with an NVIDIA GPU, in one command.
 
-    python benchmarks/gpu_lab.py --out FOLDER            (or python -m benchmarks.gpu_lab)
-    python benchmarks/gpu_lab.py --out FOLDER --dry-run  all of it on a CPU in tiny sizes
+    python3 benchmarks/gpu_lab.py --out FOLDER            (or python3 -m benchmarks.gpu_lab)
+    python3 benchmarks/gpu_lab.py --out FOLDER --dry-run  all of it on a CPU in tiny sizes
 
 FOLDER gets lab.json (everything), table.txt (the same for people, printed at the end), build.log,
 tests.log and lab.log (what the other phases printed). It takes at most 8 minutes, begins with what
@@ -11,11 +11,13 @@ settings are read, never changed. To keep a run: copy its lab.json to benchmarks
 """
 
 import argparse
+import importlib.util
 import platform
 import shlex
 import signal
 import subprocess
 import sys
+import traceback
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,13 @@ def header(dry_run: bool) -> dict[str, Any]:
     """What the record begins with."""
     return {
         "dry_run": dry_run,
-        "command": shlex.join(["python", "benchmarks/gpu_lab.py", *sys.argv[1:]]),
+        "command": shlex.join(["python3", "benchmarks/gpu_lab.py", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "executable": sys.executable,
         "system": platform.platform(),
         "commit": commit(),
+        "sources": sources(),
     }
 
 
@@ -56,6 +59,17 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.strip() + "+" * bool(changed.strip())
+
+
+def sources() -> str:
+    """The hash of csrc, as the built library carries it: where the machine has no .git, this says
+    what was measured."""
+    spec = importlib.util.spec_from_file_location("_load", ROOT / "sbm_fast" / "_load.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)  # the package would import torch
+    spec.loader.exec_module(module)
+    result: str = module.source_hash(ROOT / "csrc")
+    return result
 
 
 def why_no_gpu() -> str:
@@ -81,7 +95,10 @@ def laboratory(folder: Path, dry_run: bool, seconds: float, only: list[str] | No
     try:
         runner.run(phases, header(dry_run))
     finally:
-        text = table(runner.record)
+        try:
+            text = table(runner.record)
+        except Exception:  # lab.json has everything; what follows must still be written
+            text = traceback.format_exc()
         write_whole(folder / "table.txt", text + "\n")
         print(text, flush=True)
     return sum(phase["status"] != "done" for phase in runner.record["phases"].values())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from sbm_fast import _load
-from sbm_fast.doctor import backends
+from sbm_fast.doctor import why_off
 from sbm_fast.ops import affine_step
 
 NAMES = ("auto", "cuda", "triton", "cpu", "eager")
@@ -36,7 +36,7 @@ def choose_backend(name: str, device: torch.device) -> Kernels:
         raise ValueError(f"backend: expected one of {NAMES}, got {name!r}")
     if name == "auto":
         return kernels_of(best(device))
-    reason = backends()[name] or _elsewhere(name, device)
+    reason = why_off(name) or _elsewhere(name, device)
     if reason:
         raise ValueError(f"backend: {name!r} is off: {reason}")
     return kernels_of(name)
@@ -45,8 +45,9 @@ def choose_backend(name: str, device: torch.device) -> Kernels:
 def best(device: torch.device) -> str:
     """What "auto" means on a device; warns once when it is plain torch for want of kernels."""
     if device.type == "cuda":
-        off = backends()
+        off = {}
         for name in ("cuda", "triton"):
+            off[name] = why_off(name)
             if not off[name]:
                 return name
         _warn_once(f"on {device}: cuda is off: {off['cuda']}; triton is off: {off['triton']}")

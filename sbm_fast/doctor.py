@@ -62,8 +62,17 @@ class Report:
 
 def backends() -> dict[str, str]:
     """Each backend's reason for being off on this machine, empty for one that works."""
+    return {name: why_off(name) for name in ("cpu", "eager", "cuda", "triton")}
+
+
+def why_off(backend: str) -> str:
+    """One backend's reason for being off on this machine, without a look at the others."""
     _load.load()
-    return {"cpu": _load.REASON, "eager": "", "cuda": _cuda_off(), "triton": _triton_off()}
+    if backend == "cuda":
+        return _cuda_off()
+    if backend == "triton":
+        return _triton_off()
+    return _load.REASON if backend == "cpu" else ""
 
 
 def _cuda_off() -> str:

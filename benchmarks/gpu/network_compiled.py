@@ -5,6 +5,8 @@ shapes, float32 but at the largest batch. The captured one is the same code repl
 (what reduce-overhead does, without its bookkeeping).
 """
 
+import os
+import tempfile
 import time
 from functools import partial
 
@@ -20,8 +22,13 @@ HALF, FULL = torch.bfloat16, torch.float32
 NAMES = {HALF: "bfloat16", FULL: "float32"}
 
 
+CACHE = tempfile.TemporaryDirectory(prefix="sbm_fast_inductor_")
+
+
 def cases(context: Context) -> dict[str, Case]:
     torch.backends.cudnn.benchmark = True
+    # An earlier run's cache would make the seconds to compile those of reading it.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
     wanted = [(batch, HALF) for batch in BATCHES] + [(BATCHES[0], FULL)]
     return {
         f"U-Net, batch {batch}, {NAMES[dtype]}": partial(forward, batch=batch, dtype=dtype)

@@ -32,6 +32,9 @@ def markdown(path: Path = RECORD) -> str:
         f"{found.get('torch')}, Python {record['python']}, {record['date'][:10]}"
     )
     note = "Medians of interleaved runs in one process, in brackets goal / moonshot"
+    tests = record["phases"].get("conformance", {}).get("status", "not run")
+    if tests != "done":
+        where += f"; the tests on this GPU: {tests}"
     return "\n".join([*lines, "", f"{note}: `{record['command']}` on {where}."])
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,11 @@ EAGER = SimpleNamespace(
     **{f"{kind}_": reference for kind, reference in noise_ops.REFERENCES.items()},
 )
 
+
+def _triton_version() -> tuple[int, ...]:
+    return tuple(map(int, version("triton").split(".")[:2]))
+
+
 BACKENDS = {"eager": Backend(EAGER)}
 if _load.COMPILED:
     BACKENDS["cpu"] = Backend(torch.ops.sbm_fast)
@@ -42,7 +48,8 @@ if GPU and cuda_compiled():
     BACKENDS["cuda"] = Backend(torch.ops.sbm_fast, "cuda")
 elif not GPU and not emulated.missing():
     BACKENDS["cuda"] = Backend(emulated, slow=True)
-if not triton_missing():
+# Triton 3.6 compiles the kernels, but its interpreter fails with numpy from 2.4 on.
+if not triton_missing() and (GPU or _triton_version() >= (3, 7)):
     if not GPU:
         import triton_interpreter  # noqa: F401  # exact, and before the kernels
     BACKENDS["triton"] = Backend(kernels, "cuda" if GPU else "cpu", slow=not GPU)
