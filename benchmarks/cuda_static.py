@@ -17,16 +17,14 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from benchmarks import sass
+from benchmarks.checkout import ROOT, setup_module
 
-ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 RECORD = ROOT / "benchmarks" / "results" / "cuda_static.json"
 CACHE = ROOT / "build" / "cubins"
@@ -164,15 +162,6 @@ def predict(counts: dict[str, int], elements: int, bytes_per_element: float) -> 
         "busy_at_memory_speed": busiest,
         "limited_by": least,
     }
-
-
-def setup_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["_setup"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def tool(name: str) -> str | None:

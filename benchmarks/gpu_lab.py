@@ -11,7 +11,6 @@ settings are read, never changed. To keep a run: copy its lab.json to benchmarks
 """
 
 import argparse
-import importlib.util
 import platform
 import shlex
 import signal
@@ -25,9 +24,10 @@ from typing import Any
 if __name__ == "__main__":  # started as a file: benchmarks/ is on the path, its parent is not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.checkout import commit, setup_module
 from benchmarks.gpu.files import write_whole
 from benchmarks.gpu.phases import MOST, all_phases
-from benchmarks.gpu.runner import ROOT, Runner
+from benchmarks.gpu.runner import Runner
 from benchmarks.gpu.table import table
 
 SECONDS = 465.0
@@ -44,32 +44,9 @@ def header(dry_run: bool) -> dict[str, Any]:
         "executable": sys.executable,
         "system": platform.platform(),
         "commit": commit(),
-        "sources": sources(),
+        # Where the machine has no .git, this says what was measured.
+        "sources": setup_module().source_hash(),
     }
-
-
-def commit() -> str:
-    """This checkout's, with "+" where tracked files differ from it; "unknown" without git."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head, changed = (
-            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.strip() + "+" * bool(changed.strip())
-
-
-def sources() -> str:
-    """The hash of csrc, as the built library carries it: where the machine has no .git, this says
-    what was measured."""
-    spec = importlib.util.spec_from_file_location("_load", ROOT / "sbm_fast" / "_load.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)  # the package would import torch
-    spec.loader.exec_module(module)
-    result: str = module.source_hash(ROOT / "csrc")
-    return result
 
 
 def why_no_gpu() -> str:

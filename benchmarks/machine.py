@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.checkout import UNKNOWN, commit
 from sbm_fast import _load, doctor
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def require_compiled() -> None:
@@ -37,7 +36,7 @@ def facts() -> dict[str, object]:
         },
         "flags": report.build["flags"],
         "source_hash": report.build["source_hash"],
-        "commit": _commit(),
+        "commit": commit(),
         "threads_available": torch.get_num_threads(),
     }
 
@@ -78,16 +77,6 @@ def _cpu_model() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """Commit of this checkout; "+" where tracked files differ from it."""
-    commit = _first_line("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "-uno")
-    return commit + "+" * bool(commit != UNKNOWN and changed)
-
-
-UNKNOWN = "unknown"
 
 
 def _first_line(*command: str) -> str:

@@ -41,7 +41,11 @@ def ratio_cell(result: dict[str, Any] | None) -> str:
     """A ratio, with its goal and moonshot in brackets; empty for none."""
     if result is None:
         return ""
-    text = f"{result['ratio']:.1f}×"
+    return with_goals(f"{result['ratio']:.1f}×", result, "g")
+
+
+def with_goals(text: str, result: dict[str, Any], form: str) -> str:
+    """A figure's text, with its goal and moonshot in brackets where it has them."""
     if "goal" in result:
-        text += f" ({result['goal']:g} / {result['moonshot']:g})"
+        text += f" ({result['goal']:{form}} / {result['moonshot']:{form}})"
     return text

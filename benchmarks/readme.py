@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cuda_static, markdown
+from benchmarks.checkout import ROOT
 from benchmarks.gpu import readme as gpu
-from benchmarks.machine import ROOT
 from benchmarks.report import RECORD as CPU_RECORD
 
 README = ROOT / "README.md"

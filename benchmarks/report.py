@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import buffers
-from benchmarks.machine import ROOT, busy_cores, facts, headline, require_compiled
+from benchmarks.checkout import ROOT
+from benchmarks.machine import busy_cores, facts, headline, require_compiled
 from benchmarks.measure import Measurement, measure
 from benchmarks.workloads import WORKLOADS, Goal
 

@@ -9,11 +9,12 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from sbm_fast.noise import DTYPES
 from sbm_fast.ops.affine_step import workspace_for
 from sbm_fast.plan import Plan
 from sbm_fast.row_inputs import RowInputs
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATS = DTYPES
 """What a network may take and give."""
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.checkout import ROOT
 from benchmarks.gpu.files import write_json
 
-ROOT = Path(__file__).resolve().parents[2]
 FAILURES_KEPT = 50
 WRITE_EVERY = 0.5
 

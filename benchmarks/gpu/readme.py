@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.checkout import ROOT
 from benchmarks.gpu.files import read_json
 from benchmarks.gpu.table import NOT_RUN, facts
-from benchmarks.machine import ROOT
-from benchmarks.markdown import ratio_cell
+from benchmarks.markdown import ratio_cell, with_goals
 
 RECORD = ROOT / "benchmarks" / "results" / "gpu.json"
 BASELINES = ("score_sde", "tuned", "torch.compile", "torch.compile, in a CUDA graph", "torch.randn")
@@ -56,7 +56,4 @@ def rows(entry: dict[str, Any]) -> list[str]:
 def share(fraction: dict[str, Any] | None) -> str:
     if fraction is None:
         return ""
-    text = f"{fraction['ratio']:.0%}"
-    if "goal" in fraction:
-        text += f" ({fraction['goal']:.0%} / {fraction['moonshot']:.0%})"
-    return text
+    return with_goals(f"{fraction['ratio']:.0%}", fraction, ".0%")

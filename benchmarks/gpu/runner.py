@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.checkout import ROOT
 from benchmarks.gpu.files import read_json, write_json
 from benchmarks.gpu.phases import Phase
 
-ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.2
 SKIPPED = "skipped: time"
 

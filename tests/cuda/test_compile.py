@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cuda_static
+from benchmarks import checkout, cuda_static
 from sbm_fast import _load
 
 SOURCES = sorted(cuda_static.CSRC.glob("*.cu"))
@@ -76,7 +76,7 @@ def test_kernels_see_no_torch_and_launch_in_one_place() -> None:
 
 
 def test_products_and_sums_are_not_contracted() -> None:
-    flags = cuda_static.setup_module().NVCC_FLAGS
+    flags = checkout.setup_module().NVCC_FLAGS
     if SOURCES:
         assert "--fmad=false" in flags or "-fmad=false" in flags
     assert "--Werror=all-warnings" in flags
