@@ -263,6 +263,12 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "langevin_epsilon_(Tensor(a!) epsilon, Tensor x, Tensor network, Tensor? uncond, "
       "Tensor? guidance, Tensor keys, Tensor row, Tensor coef, Tensor field, Tensor? noise) "
       "-> ()");
+  m.def(
+      "hutchinson_(Tensor(a!) drift, Tensor(b!)? divergence, Tensor x, Tensor network, "
+      "Tensor? product, Tensor keys, Tensor coef, int draw, int stream, bool gaussian) -> ()");
+  m.def(
+      "error_norm_(Tensor(a!) out, Tensor x, Tensor registers, Tensor weights, float atol, "
+      "float rtol) -> ()");
 }
 
 }  // namespace

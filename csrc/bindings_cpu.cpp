@@ -1,5 +1,7 @@
 // torch.ops.sbm_fast.*: definitions and CPU kernels.
 #include "bindings_common.h"
+#include "error_norm.h"
+#include "hutchinson.h"
 #include "langevin_epsilon.h"
 #include "noise.h"
 #include "parallel.h"
@@ -76,6 +78,100 @@ void langevin_epsilon_(Tensor epsilon, const Tensor& x, const Tensor& network,
   run(epsilon, x, network, uncond, guidance, keys, row, coef, field, noise);
 }
 
+// [batch, columns] of float64.
+const double* table(const Tensor& t, int64_t batch, int64_t columns, const char* name,
+                    int64_t* stride) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Double && t.dim() == 2 &&
+                      t.size(0) == batch && t.size(1) == columns,
+                  name, ": expected a float64 CPU tensor [", batch, ", ", columns, "]");
+  stride[0] = t.stride(0), stride[1] = t.stride(1);
+  return static_cast<const double*>(t.data_ptr());
+}
+
+// The first of tensors of x's shape that stand behind one another in t.
+TensorView view_of_first(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.dim() == x.dim() + 1 && t.sizes().slice(1).equals(x.sizes()), name,
+                  ": expected [count, *x.shape]");
+  return view(Home::cpu(), t, 1, name);
+}
+
+void add_product(sbm::HutchinsonArgs& a, const Tensor& product, const Tensor& x) {
+  a.product = view_of_first(product, x, "product");
+  a.probes = product.size(0);
+  a.product_step = product.stride(0) * element_size(a.product);
+  const char* const begin = static_cast<const char*>(a.product.data);
+  const char* const end =
+      begin + (a.probes - 1) * a.product_step + reach(a.product, a.batch);  // of the last probe
+  const char* const drift = static_cast<const char*>(a.drift.data);
+  STD_TORCH_CHECK(a.probes == 0 || end <= drift || drift + reach(a.drift, a.batch) <= begin,
+                  "product: shares memory with drift, which is written first");
+}
+
+void hutchinson_(Tensor drift, MaybeTensor divergence, const Tensor& x, const Tensor& network,
+                 const MaybeTensor& product, const Tensor& keys, const Tensor& coef, int64_t draw,
+                 int64_t stream, bool gaussian) {
+  const Home home = Home::cpu();
+  sbm::HutchinsonArgs a;
+  a.batch = samples(x, "x");
+  a.numel = numel_of_sample(x);
+  is_double(x);
+  STD_TORCH_CHECK(drift.scalar_type() == x.scalar_type(), "drift: expected the dtype of x");
+  a.x = view(home, x, 0, "x");
+  a.drift = view_like(home, drift, x, "drift");
+  a.network = view_like(home, network, x, "network");
+  check_alias(a.x, a.drift, a.batch, "x", "drift");
+  check_alias(a.network, a.drift, a.batch, "network", "drift");
+  a.keys = key_vector(home, keys, a.batch, "keys");
+  a.coef = table(coef, a.batch, 3, "coef", a.coef_stride);
+  a.draw = uint32_t(draw), a.stream = uint32_t(stream);
+  a.probe = gaussian ? sbm::NoiseKind::normal : sbm::NoiseKind::rademacher;
+  STD_TORCH_CHECK(product.has_value() == divergence.has_value(),
+                  "product: is given with divergence, and only then");
+  if (!product) return sbm::hutchinson_cpu<float>(a, nullptr);
+  add_product(a, *product, x);
+  const ScalarType sums = divergence->scalar_type();
+  STD_TORCH_CHECK(home.has(*divergence) && divergence->dim() == 2 &&
+                      divergence->size(0) == a.probes && divergence->size(1) == a.batch &&
+                      divergence->is_contiguous() &&
+                      (sums == ScalarType::Float || sums == ScalarType::Double),
+                  "divergence: expected a contiguous float32 or float64 CPU tensor [", a.probes,
+                  ", ", a.batch, "]");
+  if (sums == ScalarType::Float)
+    sbm::hutchinson_cpu(a, static_cast<float*>(divergence->data_ptr()));
+  else
+    sbm::hutchinson_cpu(a, static_cast<double*>(divergence->data_ptr()));
+}
+
+template <class S>
+void error_norm(const Tensor& out, const Tensor& x, const Tensor& registers, const Tensor& weights,
+                double atol, double rtol) {
+  const Home home = Home::cpu();
+  sbm::ErrorNormArgs<S> a;
+  a.batch = samples(x, "x");
+  a.numel = numel_of_sample(x);
+  a.x = view(home, x, 0, "x");
+  const TensorView first = view_of_first(registers, x, "registers");
+  STD_TORCH_CHECK(first.dtype == a.x.dtype, "registers: expected the dtype of x");
+  STD_TORCH_CHECK(registers.size(0) >= 1 && registers.size(0) <= sbm::kMaxStages,
+                  "registers: expected 1 to ", sbm::kMaxStages, " of them, got ",
+                  registers.size(0));
+  a.stages = int(registers.size(0));
+  for (int k = 0; k < a.stages; ++k) {
+    a.registers[k] = first;
+    a.registers[k].data =
+        static_cast<char*>(first.data) + k * registers.stride(0) * int64_t(sizeof(S));
+  }
+  a.weights = table(weights, a.batch, a.stages, "weights", a.weight_stride);
+  a.atol = S(atol), a.rtol = S(rtol);
+  sbm::error_norm_cpu(a, vector<S>(home, out, a.batch, state_dtype<S>(), "out"));
+}
+
+void error_norm_(Tensor out, const Tensor& x, const Tensor& registers, const Tensor& weights,
+                 double atol, double rtol) {
+  const auto run = is_double(x) ? error_norm<double> : error_norm<float>;
+  run(out, x, registers, weights, atol, rtol);
+}
+
 template <sbm::NoiseKind kind>
 void fill_(Tensor out, const Tensor& keys, int64_t draw, int64_t stream) {
   const Home home = Home::cpu();
@@ -104,4 +200,6 @@ STABLE_TORCH_LIBRARY_IMPL(sbm_fast, CPU, m) {
   m.impl("keys_", TORCH_BOX(&keys_));
   m.impl("affine_step_", TORCH_BOX(&affine_step_));
   m.impl("langevin_epsilon_", TORCH_BOX(&langevin_epsilon_));
+  m.impl("hutchinson_", TORCH_BOX(&hutchinson_));
+  m.impl("error_norm_", TORCH_BOX(&error_norm_));
 }

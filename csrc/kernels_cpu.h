@@ -1,5 +1,7 @@
 // The CPU kernels as a table of functions, one table an instruction set.
 #pragma once
+#include "error_norm.h"
+#include "hutchinson.h"
 #include "langevin_epsilon.h"
 #include "noise_kind.h"
 
@@ -25,6 +27,13 @@ struct CpuKernels {
   void (*squares_f32)(const StepArgs<float>&, const Tile&, SquareSums<float>*, float* keep_noise);
   void (*squares_f64)(const StepArgs<double>&, const Tile&, SquareSums<double>*,
                       double* keep_noise);
+  // The state is float32, float64.
+  void (*drift[2])(const HutchinsonArgs&, const Tile&);
+  // A sum for every sample of the tile, then `step` behind it those of the next probe.
+  void (*trace_f32)(const HutchinsonArgs&, const Tile&, float* sums, int64_t step);
+  void (*trace_f64)(const HutchinsonArgs&, const Tile&, double* sums, int64_t step);
+  void (*error_squares_f32)(const ErrorNormArgs<float>&, const Tile&, float* sums);
+  void (*error_squares_f64)(const ErrorNormArgs<double>&, const Tile&, double* sums);
 };
 
 const CpuKernels& portable_kernels();

@@ -8,67 +8,11 @@
 #include <type_traits>
 
 #include "kernels_cpu.h"
-#include "tile_io.h"
+#include "tile_error_norm.h"
+#include "tile_hutchinson.h"
 
 namespace sbm {
 namespace {
-
-template <class S>
-struct alignas(64) Buffer {
-  S v[kTile + kSlack];
-};
-
-// The tile's noise in its own order. Samples whose size is no multiple of four leave words unused.
-template <class P, NoiseKind kind>
-void fill_tile(const uint64_t* keys, const Tile& t, uint32_t draw, uint32_t stream, float* out) {
-  const int64_t groups = (t.count + 3) / 4;
-  fill_groups<P, kind>(keys + t.sample, t.samples, uint64_t(t.first) / 4, groups, draw, stream,
-                       out);
-  if (t.samples == 1 || t.count % 4 == 0) return;
-  for (int64_t s = 1; s < t.samples; ++s)
-    memmove(out + s * t.count, out + s * groups * 4, size_t(t.count) * sizeof(float));
-}
-
-// What a tile's sources look like to the inner loop: pointers and split coefficients, those with a
-// zero coefficient left out (0·NaN is NaN).
-template <class S>
-struct Terms {
-  int count = 0;
-  const S* value[kMaxSources];
-  S hi[kMaxSources], lo[kMaxSources];
-
-  void add(const S* v, S h, S l) {
-    if (h == S(0)) return;  // nobody fetched v then: see reads()
-    value[count] = v, hi[count] = h, lo[count] = l;
-    ++count;
-  }
-};
-
-template <class S, int N>
-void sum_terms(const Terms<S>& t, S* out, int64_t n) {
-  const S* v[N];
-  S hi[N], lo[N];
-  for (int k = 0; k < N; ++k) v[k] = t.value[k], hi[k] = t.hi[k], lo[k] = t.lo[k];
-  // Elements are independent: out may be one of the inputs, at the same index.
-  SBM_IVDEP
-  for (int64_t i = 0; i < n; ++i) {
-    S e[N];
-    SBM_UNROLL
-    for (int k = 0; k < N; ++k) e[k] = v[k][i];
-    out[i] = combine<S, N>(hi, lo, e);
-  }
-}
-
-template <class S>
-void sum_terms(const Terms<S>& t, S* out, int64_t n) {
-  using Sum = void (*)(const Terms<S>&, S*, int64_t);
-  static constexpr Sum kSums[] = {
-      sum_terms<S, 0>,  sum_terms<S, 1>,  sum_terms<S, 2>, sum_terms<S, 3>, sum_terms<S, 4>,
-      sum_terms<S, 5>,  sum_terms<S, 6>,  sum_terms<S, 7>, sum_terms<S, 8>, sum_terms<S, 9>,
-      sum_terms<S, 10>, sum_terms<S, 11>, sum_terms<S, 12>};
-  static_assert(sizeof kSums / sizeof *kSums == kMaxSources + 1, "one sum per number of terms");
-  kSums[t.count](t, out, n);
-}
 
 // Infinities and NaNs are the values whose exponent bits are all ones: an integer maximum finds
 // them at the speed of memory.
@@ -256,57 +200,6 @@ void step(const StepArgs<S>& args, const Tile& tile) {
   if (args.row_of(tile.sample) >= 0) TileStep<P, S>(args, tile).run();
 }
 
-// w[i] += w[i + half], a loop of known length.
-template <int kHalf, class S>
-SBM_HD void fold(S* w) {
-  SBM_IVDEP
-  for (int i = 0; i < kHalf; ++i) w[i] += w[i + kHalf];
-}
-
-// Pairwise sum of squares: padded with zeros to a power of two, then halved until one is left.
-template <class S>
-S sum_squares(const S* v, int64_t n) {
-  Buffer<S> squares;
-  S* const w = squares.v;
-  int64_t width = 1;
-  while (width < n) width *= 2;
-  for (int64_t i = 0; i < n; ++i) w[i] = v[i] * v[i];
-  for (int64_t i = n; i < width; ++i) w[i] = S(0);
-  static_assert(kTile == 1024, "the halvings begin at a tile's size");
-  switch (width) {
-    case 1024:
-      fold<512>(w);
-      [[fallthrough]];
-    case 512:
-      fold<256>(w);
-      [[fallthrough]];
-    case 256:
-      fold<128>(w);
-      [[fallthrough]];
-    case 128:
-      fold<64>(w);
-      [[fallthrough]];
-    case 64:
-      fold<32>(w);
-      [[fallthrough]];
-    case 32:
-      fold<16>(w);
-      [[fallthrough]];
-    case 16:
-      fold<8>(w);
-      [[fallthrough]];
-    case 8:
-      fold<4>(w);
-      [[fallthrough]];
-    case 4:
-      fold<2>(w);
-      [[fallthrough]];
-    case 2:
-      fold<1>(w);
-  }
-  return w[0];
-}
-
 // Rows without a norm give zeros.
 template <class P, class S>
 void squares(const StepArgs<S>& args, const Tile& tile, SquareSums<S>* sums, S* keep_noise) {
@@ -340,7 +233,12 @@ CpuKernels make_kernels(const char* level) {
           step<P, float>,
           step<P, double>,
           squares<P, float>,
-          squares<P, double>};
+          squares<P, double>,
+          {drift<float>, drift<double>},
+          trace<P, float>,
+          trace<P, double>,
+          error_squares<float>,
+          error_squares<double>};
 }
 
 }  // namespace

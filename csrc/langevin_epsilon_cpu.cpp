@@ -16,27 +16,6 @@ void squares(const StepArgs<double>& args, const Tile& tile, SquareSums<double>*
   cpu_kernels().squares_f64(args, tile, sums, z);
 }
 
-// Sum of neighbours, then of neighbouring sums, …: a tree that depends on `count` only.
-template <class S, class Get>
-S tree_sum(int64_t count, const Get& get) {
-  if (count == 1) return get(0);
-  S level[64];
-  for (int64_t i = 0; i < count; ++i) {
-    S carry = get(i);
-    int k = 0;
-    for (; i >> k & 1; ++k) carry = level[k] + carry;
-    level[k] = carry;
-  }
-  bool any = false;
-  S total = S(0);
-  for (int k = 0; count >> k; ++k) {
-    if (!(count >> k & 1)) continue;
-    total = any ? level[k] + total : level[k];
-    any = true;
-  }
-  return total;
-}
-
 template <class S>
 S mean(const std::vector<S>& v) {
   return tree_sum<S>(int64_t(v.size()), [&](int64_t b) { return v[size_t(b)]; }) / S(v.size());

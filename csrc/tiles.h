@@ -30,17 +30,39 @@ struct Tiling {
   }
 
   // Tiles that are worth a thread: about eight thousand elements, ten microseconds of noise.
-  int64_t grain() const {
+  // `passes`: how many times as much each element takes.
+  int64_t grain(int64_t passes) const {
     const int64_t size = together > 1 ? together * numel : (numel < kTile ? numel : kTile);
-    return 1 + (8 * kTile - 1) / (size + 1);
+    return 1 + (8 * kTile - 1) / (passes * size + 1);
   }
 
   template <class Body>
-  void each(const Body& body) const {
-    parallel(count(), grain(), [&](int64_t begin, int64_t end) {
+  void each(const Body& body, int64_t passes = 1) const {
+    parallel(count(), grain(passes), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) body((*this)[i]);
     });
   }
 };
+
+// Sum of neighbours, then of neighbouring sums, …: a tree that depends on `count` only.
+template <class S, class Get>
+S tree_sum(int64_t count, const Get& get) {
+  if (count == 1) return get(0);
+  S level[64];
+  for (int64_t i = 0; i < count; ++i) {
+    S carry = get(i);
+    int k = 0;
+    for (; i >> k & 1; ++k) carry = level[k] + carry;
+    level[k] = carry;
+  }
+  bool any = false;
+  S total = S(0);
+  for (int k = 0; count >> k; ++k) {
+    if (!(count >> k & 1)) continue;
+    total = any ? level[k] + total : level[k];
+    any = true;
+  }
+  return total;
+}
 
 }  // namespace sbm

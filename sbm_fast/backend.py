@@ -8,7 +8,7 @@ import torch
 
 from sbm_fast import _load
 from sbm_fast.doctor import why_off
-from sbm_fast.ops import affine_step
+from sbm_fast.ops import affine_step, error_norm, hutchinson
 
 NAMES = ("auto", "cuda", "triton", "cpu", "eager")
 
@@ -19,6 +19,8 @@ class Kernels:
 
     name: str
     affine_step_: Callable[..., None]
+    hutchinson_: Callable[..., None] = hutchinson.hutchinson_
+    error_norm_: Callable[..., None] = error_norm.error_norm_
 
 
 _warned = False
@@ -60,7 +62,7 @@ def best(device: torch.device) -> str:
 
 def kernels_of(name: str) -> Kernels:
     if name == "eager":
-        return Kernels(name, affine_step.reference)
+        return Kernels(name, affine_step.reference, hutchinson.reference, error_norm.reference)
     if name == "triton":
         from sbm_fast import kernels
 

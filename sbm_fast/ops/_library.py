@@ -10,6 +10,8 @@ from sbm_fast import _load
 
 NAMESPACE = "sbm_fast"
 SCHEMAS: dict[str, str] = {}
+WITHOUT_TWIN: list[str] = []
+"""Ops that have no CUDA kernel: the backend "cuda" runs them on Triton's, or on plain torch."""
 OLDEST_TRITON = (3, 6)
 
 _load.load()
@@ -35,25 +37,31 @@ def triton_missing() -> str:
     return ""
 
 
+_HAS_TRITON = not triton_missing()
 # What serves the ops on CUDA tensors; "" when plain torch stands in.
-ON_CUDA = "cuda" if cuda_compiled() else "" if triton_missing() else "triton"
+ON_CUDA = "cuda" if cuda_compiled() else "triton" if _HAS_TRITON else ""
 
 
-def register(schema: str, reference: Callable[..., None]) -> torch._ops.OpOverload:
+def register(
+    schema: str, reference: Callable[..., None], *, cuda_twin: bool = True
+) -> torch._ops.OpOverload:
     """Makes `torch.ops.sbm_fast.<name>` available and returns its default overload.
 
     Compiled: the op and its CPU kernel are there already, and tests hold their schema against this
     one. Not compiled: the op is defined here and runs its eager reference on every device. Without
-    CUDA kernels, CUDA tensors go to the Triton kernel, or to the reference where Triton is missing.
-    All ops write into arguments and return nothing, so one fake serves them all.
+    CUDA kernels, CUDA tensors go to the Triton kernel, or to the reference where Triton is missing;
+    so they do always where the op has no `cuda_twin`, a CUDA kernel in csrc/. All ops write into
+    arguments and return nothing, so one fake serves them all.
     """
     name = schema.split("(", 1)[0]
     SCHEMAS[name] = f"{NAMESPACE}::{schema}"
     if not _load.COMPILED:
         _library.define(schema)
         _library.impl(name, reference, "CompositeExplicitAutograd")
-    if ON_CUDA != "cuda":
-        _library.impl(name, _triton_op(name) if ON_CUDA else reference, "CUDA")
+    if not cuda_twin:
+        WITHOUT_TWIN.append(name)
+    if ON_CUDA != "cuda" or not cuda_twin:
+        _library.impl(name, _triton_op(name) if _HAS_TRITON else reference, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

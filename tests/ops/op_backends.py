@@ -1,6 +1,6 @@
 """Every implementation of the ops that runs here: the backends that the op tests compare."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sbm_fast import _load, kernels
-from sbm_fast.ops import affine_step, langevin_epsilon
+from sbm_fast.ops import affine_step, error_norm, hutchinson, langevin_epsilon
 from sbm_fast.ops import noise as noise_ops
 from sbm_fast.ops._library import cuda_compiled, triton_missing
 
@@ -32,6 +32,8 @@ class Backend:
 EAGER = SimpleNamespace(
     affine_step_=affine_step.reference,
     langevin_epsilon_=langevin_epsilon.reference,
+    hutchinson_=hutchinson.reference,
+    error_norm_=error_norm.reference,
     keys_=noise_ops.keys_reference,
     **{f"{kind}_": reference for kind, reference in noise_ops.REFERENCES.items()},
 )
@@ -61,15 +63,20 @@ def parameters(backend: str, *values: Any) -> Any:
     return pytest.param(backend, *values, marks=marks)
 
 
+# Ops without a CUDA kernel have nothing to emulate.
+TWINLESS = [name for name, properties in BACKENDS.items() if properties.ops is not emulated]
 each = pytest.mark.parametrize("backend", [parameters(name) for name in BACKENDS])
+each_twinless = pytest.mark.parametrize("backend", [parameters(name) for name in TWINLESS])
 
 
-def over(names: str, values: Sequence[Any], few: Sequence[Any]) -> pytest.MarkDecorator:
+def over(
+    names: str, values: Sequence[Any], few: Sequence[Any], backends: Iterable[str] = BACKENDS
+) -> pytest.MarkDecorator:
     """Parametrises `backend` and `names`: slow backends with `few` of the values."""
     cases = [
         parameters(backend, *(value if "," in names else (value,)))
-        for backend, properties in BACKENDS.items()
-        for value in (few if properties.slow else values)
+        for backend in backends
+        for value in (few if is_slow(backend) else values)
     ]
     return pytest.mark.parametrize(f"backend,{names}", cases)
 

@@ -42,7 +42,8 @@ def step_arguments(case: cases.Case) -> dict[str, Any]:
 
 def test_every_op_is_registered() -> None:
     expected = {"normal_", "uniform_", "rademacher_", "words_", "keys_"}
-    assert set(SCHEMAS) == expected | {"affine_step_", "langevin_epsilon_"}
+    expected |= {"affine_step_", "langevin_epsilon_", "hutchinson_", "error_norm_"}
+    assert set(SCHEMAS) == expected
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS))

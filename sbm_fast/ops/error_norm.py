@@ -1,0 +1,48 @@
+"""Op `error_norm_`: the error of a Runge–Kutta step in units of its tolerance, one value a sample.
+
+    e      = Σ_{k≥1} weights[b, k]·registers[k, b]
+    out[b] = √( mean_i (e_i / (atol + rtol·max(|u0_i|, |u1_i|)))² ),    u0 = registers[0], u1 = x
+
+Source: Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", 1993, sec. II.4.
+A NaN in e, u0 or u1 makes the sample's value NaN, and so does 0/0 where the tolerance is 0. The
+sum runs in the fixed tree of `langevin_epsilon_`; a weight 0 does not read its register: 0·NaN is NaN.
+
+Arguments (B samples; S the state's dtype, float32 or float64):
+    out [B] S, contiguous: written; 0 for samples without elements.
+    x [B, …] S: the state u1 at the end of the step. Any memory format, as for registers.
+    registers [K, B, …] S, 1 ≤ K ≤ 13: the state u0 at its beginning, then the slopes.
+    weights float64 [B, K]: step size times (b − b*) of every stage; column 0 is ignored.
+    atol, rtol: the tolerance.
+"""
+
+import torch
+from torch import Tensor
+
+from sbm_fast.ops._library import register
+from sbm_fast.ops._row import weighted_sum
+from sbm_fast.ops.langevin_epsilon import sample_sum
+from sbm_fast.plan import H0
+
+
+def reference(
+    out: Tensor, x: Tensor, registers: Tensor, weights: Tensor, atol: float, rtol: float
+) -> None:
+    """The same in plain torch, on any device."""
+    if x.numel() == 0:
+        out.zero_()
+        return
+    stages = weights.shape[1] - 1
+    of_sources = weights.new_zeros(len(weights), H0 + stages)
+    of_sources[:, H0:] = weights[:, 1:]
+    error = weighted_sum(of_sources, [None] * H0 + list(registers[1:]), x)
+    tolerance = atol + rtol * torch.maximum(registers[0].abs(), x.abs())
+    squares = (error / tolerance) ** 2
+    out.copy_((sample_sum(squares) / x[0].numel()).sqrt())
+
+
+error_norm_ = register(
+    "error_norm_(Tensor(a!) out, Tensor x, Tensor registers, Tensor weights, float atol, "
+    "float rtol) -> ()",
+    reference,
+    cuda_twin=False,
+)
