@@ -156,7 +156,7 @@ def _waves() -> Tensor:
 _PLANE_MEANS = torch.tensor([[1.0, 0.6], [-1.0, 0.4], [0.1, -1.2]])
 _PLANE_STDS = torch.tensor([[0.3, 0.15], [0.2, 0.4], [0.25, 0.25]])
 # As in images: a few directions hold most of the variance.
-_WIDE_STDS = torch.logspace(-1, 0, 64, dtype=torch.float64)
+_WIDE_STDS = torch.logspace(-1.3, 0, 64, dtype=torch.float64)
 
 CASES: dict[str, Mixture] = {
     "2-D Gaussian": mixture([1.0], torch.tensor([[0.3, -0.2]]), torch.tensor([0.9, 0.2]), 0),
