@@ -8,6 +8,7 @@ where on it to begin and to end, and what x is there.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,7 @@ class ProbabilityFlow:
     Args:
         model: the network; it must have been trained at the noise levels in between.
         sde: the SDE whose times t_min < t_max these are; a ladder's are levels.
-        t_min, t_max: None: 1e-5 (the SDE's own t_min where that is a noise level or a ladder's
-            index) and the SDE's own.
+        t_min, t_max: None: the SDE's own.
 
     Attributes:
         data, prior: the `End`s at t_min and t_max.
@@ -57,8 +57,6 @@ class ProbabilityFlow:
     def __init__(
         self, model: ScoreModel, sde: SDE, t_min: float | None = None, t_max: float | None = None
     ) -> None:
-        if t_min is None:
-            t_min = LIKELIHOOD_T_MIN if sde.t_max == 1.0 else sde.t_min
         high, low = time_range(sde, t_max, t_min, strict=True)
         if high <= low:
             raise ValueError(f"t_min: expected less than t_max = {high:g}, got {low:g}")
@@ -101,10 +99,6 @@ class ProbabilityFlow:
         return float(self.sde.time_at_nsr(min(max(math.exp(position), low), high)))
 
 
-LIKELIHOOD_T_MIN = 1e-5
-"""Where likelihoods are taken by default, as in score_sde."""
-
-
 class FlowSystem:
     """The flow of N samples as a `stages.System`, with the divergence along the way if asked.
 
@@ -133,7 +127,7 @@ class FlowSystem:
         self._label_dtype = torch.float64 if net_dtype == torch.float64 else torch.float32
         self._all = _Samples(keys, dict(cond or {}), dict(flow.model.null_cond or {}), guidance)
         self._now = self._all
-        self._checked = False
+        self.seconds_network = 0.0
 
     def select(self, samples: Tensor) -> None:
         """See `System.select`."""
@@ -150,8 +144,9 @@ class FlowSystem:
         network, keys = self._network(at.label.to(self._label_dtype)), self._now.keys
         if integrals and self._divergence is not None:
             return self._divergence.slope(network, inputs, u, keys, at.coef, out)
-        with torch.no_grad():
-            f = network(inputs)
+        begin = time.perf_counter()
+        f = network(inputs)
+        self.seconds_network += time.perf_counter() - begin
         self._kernels.hutchinson_(out, None, u, f, None, keys, at.coef, 0, PROBE, False)
         return None
 

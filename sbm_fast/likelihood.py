@@ -14,8 +14,11 @@ from torch import Tensor
 from sbm_fast.divergence import Divergence
 from sbm_fast.encoding import Journey
 from sbm_fast.process import count
+from sbm_fast.sde import as_sde
 from sbm_fast.solver import Solver
 
+T_MIN = 1e-5
+"""Where the density is taken by default when times end at 1, as in score_sde."""
 EXACT_UP_TO = 64
 """The largest dimension whose trace is taken exactly by default."""
 
@@ -129,17 +132,18 @@ def log_likelihood(
     True
     """
     settings = Solver(solver, steps, schedule, rtol, atol, max_nfe, batch_size, progress)
+    if t_min is None and as_sde(sde).t_max == 1.0:
+        t_min = T_MIN
     journey = Journey.of(model, sde, t_min, t_max, dtype, net_dtype, device, backend)
     data = journey.samples("x", x)
     own_keys, seed = journey.keys(len(data), seed, keys, first_sample)
     log_prior = _log_prior(prior, journey.flow.sde.prior_std)
+    dimension = math.prod(data.shape[1:])
     divergence = _divergence(
-        journey, data[:1].numel() or math.prod(data.shape[1:]),
-        probes, exact, estimator, gaussian, product, first_probe,
-    )  # fmt: skip
+        journey, dimension, probes, exact, estimator, gaussian, product, first_probe
+    )
     begin = time.perf_counter()
     solution, _ = journey.carry(data, own_keys, settings, cond=cond, divergence=divergence)
-    dimension = math.prod(data.shape[1:])
     flow = journey.flow
     volume = dimension * math.log(flow.prior.scale / flow.data.scale)
     columns = log_prior(solution.u) + volume + solution.integrals

@@ -164,6 +164,8 @@ class Adaptive:
         self._system.select(samples)
         self._stages.begin(pool)
         pool.nfe.add_(1)
+        if 1 + self._stages.evaluations > self._limits.max_nfe:
+            pool.active.fill_(False)
         return pool
 
     def _step(self, pool: Pool) -> None:

@@ -82,3 +82,14 @@ DOPRI5 = Tableau(
 )
 
 TABLEAUS = {tableau.name: tableau for tableau in (EULER, HEUN, RK4, DOPRI5)}
+FIXED = tuple(name for name, tableau in TABLEAUS.items() if tableau.error is None)
+"""Methods without an error estimate: they need a grid."""
+PEER = "torchdiffeq:"
+"""What the name of a method of torchdiffeq begins with."""
+
+
+def is_adaptive(name: object) -> bool:
+    """Whether a solver of that name makes its own steps."""
+    if not isinstance(name, str):
+        return False
+    return name.startswith(PEER) or (name in TABLEAUS and name not in FIXED)

@@ -11,10 +11,8 @@ from sbm_fast.backend import Kernels
 from sbm_fast.flow import FlowSystem
 from sbm_fast.ode import Adaptive, Solution, Tolerance, solve_fixed, solve_torchdiffeq
 from sbm_fast.process import count, finite
-from sbm_fast.runge_kutta import DOPRI5, TABLEAUS
+from sbm_fast.runge_kutta import DOPRI5, FIXED, PEER, TABLEAUS, is_adaptive
 
-PEER = "torchdiffeq:"
-FIXED = tuple(name for name in TABLEAUS if name != DOPRI5.name)
 STEPS = 50
 """Of a fixed grid, by default."""
 
@@ -50,9 +48,7 @@ class Solver:
 
     def __post_init__(self) -> None:
         known = (*TABLEAUS, f"{PEER}<method>")
-        if not isinstance(self.name, str) or not (
-            self.name in TABLEAUS or self.name.startswith(PEER)
-        ):
+        if not isinstance(self.name, str) or not (self.name in TABLEAUS or is_adaptive(self.name)):
             raise ValueError(f"solver: expected one of {known}, got {self.name!r}")
         for name in ("rtol", "atol"):
             finite(name, getattr(self, name), above=0)
@@ -67,11 +63,6 @@ class Solver:
                 )
         if self.steps is not None:
             count("steps", self.steps)
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether its steps follow the error."""
-        return self.name not in FIXED
 
     def carry(
         self, system: FlowSystem, x: Tensor, kernels: Kernels, *, to_prior: bool = True
