@@ -64,9 +64,9 @@ def bits_per_dim(
 
         −log₂ P(x)/d ≤ −(E_u log p(x + (u − ½) Δ) + d ln Δ)/(d ln 2)
 
-    with Δ = (high − low)/(levels − 1) and u uniform on [0, 1)^d: P is the probability of the whole bin. The declared range and number
-    of levels are all that enters, so data in [0, 1] and the same data in [−1, 1], with the model to
-    match, have the same bits.
+    with Δ = (high − low)/(levels − 1) and u uniform on [0, 1)^d; P is the probability of the whole
+    bin. The declared range and number of levels are all that enters, so data in [0, 1] and the
+    same data in [−1, 1], with the model to match, have the same bits.
 
     Args:
         model, sde: as in `log_likelihood`.
