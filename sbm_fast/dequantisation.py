@@ -9,6 +9,7 @@ adds uniform noise that fills the bin: a density p of the result then bounds the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -100,6 +101,12 @@ def level_index(x: Tensor, data_range: Range, levels: int) -> Tensor:
     return position.round().clamp(0, levels - 1).long()
 
 
+def level_values(index: Tensor, data_range: Range, levels: int) -> Tensor:
+    """lo + kΔ of levels k, float64."""
+    low, _ = check_range(data_range)
+    return low + bin_width(data_range, levels) * index.double()
+
+
 def dequantise(x: Tensor, keys: Tensor, draw: int, data_range: Range, levels: int) -> Tensor:
     """x + (u − ½)Δ with u the uniform of stream DEQUANTISATION: a draw from each value's bin.
 
@@ -115,3 +122,39 @@ def dequantise(x: Tensor, keys: Tensor, draw: int, data_range: Range, levels: in
         None, x.shape, draw=draw, stream=noise.DEQUANTISATION, keys=keys, device=x.device
     )
     return (x.double() + (u.double() - 0.5) * bin_width(data_range, levels)).to(x.dtype)
+
+
+def discretised_gaussian(
+    index: Tensor, mean: Tensor, std: Tensor, data_range: Range, levels: int
+) -> Tensor:
+    """log of the mass of N(mean, std²) in the bin of a level (Ho et al. 2020, eq. 13).
+
+        log [Φ((x + Δ/2 − μ)/σ) − Φ((x − Δ/2 − μ)/σ)],    x = lo + kΔ,
+
+    the lowest bin reaching down to −∞ and the highest up to ∞, so that the masses sum to 1. The
+    logarithm keeps its relative accuracy however far away the bin lies; the paper's code has tanh
+    for Φ and replaces masses below 1e-12 by that.
+
+    Args:
+        index: int64, levels k.
+        mean, std: float64, broadcast with index; std > 0.
+        data_range, levels: what the data are declared to be.
+
+    Returns: float64.
+    """
+    half = 0.5 * bin_width(data_range, levels)
+    centre = level_values(index, data_range, levels) - mean
+    lower = torch.where(index > 0, (centre - half) / std, -math.inf)
+    upper = torch.where(index < levels - 1, (centre + half) / std, math.inf)
+    # Φ(u) − Φ(l) = Φ(−l) − Φ(−u): that of the two which lies in the lower tail keeps its digits.
+    right = lower + upper > 0
+    lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
+    log_upper = torch.special.log_ndtr(upper)
+    return log_upper + _log1mexp(torch.special.log_ndtr(lower) - log_upper)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """ln(1 − eˣ) for x < 0."""
+    near = x > -math.log(2)
+    far = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), far)

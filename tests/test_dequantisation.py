@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from sbm_fast import noise
-from sbm_fast.dequantisation import bin_width, check_levels, dequantise, level_index
+from sbm_fast.dequantisation import (
+    bin_width,
+    check_levels,
+    dequantise,
+    discretised_gaussian,
+    level_index,
+    level_values,
+)
 
 
 def grid(low: float, high: float, levels: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,6 +38,10 @@ def test_levels_are_recognised_in_their_dtype(low: float, high: float, dtype: to
     check_levels(x, (low, high), 256)
     index = level_index(x, (low, high), 256)
     assert torch.equal(index, torch.arange(256).reshape(4, 8, 8))
+    values = level_values(index, (low, high), 256)
+    torch.testing.assert_close(
+        values.to(dtype), x, rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=1e-6
+    )
 
 
 def test_the_usual_ways_of_scaling_eight_bits() -> None:
@@ -118,3 +129,47 @@ def test_dequantisation_fills_the_bin_evenly() -> None:
     u = dequantise(x, noise.keys(0, 1000), 0, (-1, 1), 3).flatten().sort().values
     steps = torch.linspace(-0.5, 0.5, len(u), dtype=torch.float64)
     assert (u - steps).abs().max() < 1.63 / len(u) ** 0.5  # Kolmogorov, 1 %
+
+
+def mass(index: Tensor, mean: float, std: float, levels: int = 17) -> np.ndarray:
+    at = (torch.tensor(value, dtype=torch.float64) for value in (mean, std))
+    return discretised_gaussian(index, *at, (-1, 1), levels).numpy()
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("std", [1e-4, 0.01, 0.3, 5.0])
+@pytest.mark.parametrize("mean", [-40.0, -1.03, -0.5, 0.0031, 0.99, 3.0])
+def test_masses_of_all_levels_sum_to_one(mean: float, std: float, levels: int) -> None:
+    log_mass = mass(torch.arange(levels), mean, std, levels)
+    assert np.isfinite(log_mass).all()
+    assert abs(np.exp(log_mass).sum() - 1) < 1e-12
+
+
+def quadrature(lower: float, width: float) -> float:
+    """log ∫ φ over [lower, lower + width], lower > 0, scaled by φ(lower): nothing cancels."""
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    end = min(width, 60 / lower)  # beyond it the integrand is below e^−60 of its start
+    t = 0.5 * end * (nodes + 1)
+    integral = 0.5 * end * (weights * np.exp(-lower * t - 0.5 * t * t)).sum()
+    return -0.5 * lower**2 - 0.5 * np.log(2 * np.pi) + np.log(integral)
+
+
+@pytest.mark.parametrize("away", [0.3, 2.0, 9.0, 40.0, 3000.0])
+@pytest.mark.parametrize("width", [1e-3, 0.1, 1.0, 20.0])
+def test_masses_in_the_tails(away: float, width: float) -> None:
+    """Against a quadrature, on both sides; a difference of Φ is 0 or 1 − 1 out there."""
+    std = 0.125 / width
+    expected = quadrature(away, width)
+    for side in (1, -1):
+        mean = -side * (away + 0.5 * width) * std  # the bin of level 8 is about 0
+        got = mass(torch.tensor(8), mean, std)
+        assert got == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_the_outermost_bins_reach_to_infinity() -> None:
+    from scipy.special import log_ndtr
+
+    for mean, std in ((0.4, 0.3), (-7.0, 0.2), (9.0, 0.1)):
+        ends = mass(torch.tensor([0, 16]), mean, std)
+        expected = log_ndtr([(-1 + 0.0625 - mean) / std, (mean - 1 + 0.0625) / std])
+        np.testing.assert_allclose(ends, expected, rtol=1e-13, atol=1e-300)

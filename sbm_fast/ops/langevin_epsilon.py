@@ -68,8 +68,10 @@ def sample_norm(v: Tensor) -> Tensor:
 def sample_sum(v: Tensor) -> Tensor:
     """Σ_i v_bi per sample [B], by the fixed tree."""
     flat = v.reshape(len(v), -1)
-    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % BLOCK))
-    blocks = padded.reshape(len(v), -1, BLOCK)
+    # A sample below one block needs no more zeros than up to a power of two.
+    block = min(BLOCK, 1 << max(0, flat.shape[1] - 1).bit_length())
+    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % block))
+    blocks = padded.reshape(len(v), -1, block)
     while blocks.shape[-1] > 1:
         half = blocks.shape[-1] // 2
         blocks = blocks[..., :half] + blocks[..., half:]
