@@ -165,7 +165,8 @@ def doctor() -> None:
 
 
 def _report(info: SampleInfo) -> None:
-    click.echo(f"method    {info.plan.method}, {info.nfe} network evaluations a sample (NFE)")
+    method = "ode, adaptive" if info.plan is None else info.plan.method
+    click.echo(f"method    {method}, {info.nfe} network evaluations a sample (NFE)")
     click.echo(
         f"seconds   {info.seconds:.2f}: {info.seconds_network:.2f} in the network, "
         f"{info.seconds_sampler:.2f} in the sampler"

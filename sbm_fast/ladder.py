@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sbm_fast.process import SDE, count, finite, positive_table
+from sbm_fast.process import SDE, count, finite, namespace, positive_table
 
 if TYPE_CHECKING:
     from sbm_fast.process import Array
@@ -31,6 +31,7 @@ class Ladder(SDE):
         self._tables = {"m": mean_scale, "σ": std, "nsr": nsr}
         self._log_nsr = np.log(nsr)
         self._index = np.arange(len(nsr), dtype=np.float64)
+        self._on_device: dict[Any, Any] = {}
 
     @property
     def levels(self) -> int:
@@ -68,10 +69,30 @@ class Ladder(SDE):
         return self._lookup("nsr", t)
 
     def _time_at_nsr(self, r: Array) -> Array:
-        t = np.asarray(np.interp(np.log(r), self._log_nsr, self._index))
+        xp = namespace(r)
+        t = self._between(xp.log(r))
         # ln may round differently in the table and here: a level's own nsr gives its index.
-        nearest = np.rint(t)
-        return np.where(np.abs(t - nearest) < _SNAP, nearest, t)
+        nearest = xp.round(t)
+        return xp.where(xp.abs(t - nearest) < _SNAP, nearest, t)
+
+    def _between(self, log_nsr: Any) -> Any:
+        """The index, linear in ln nsr between two levels."""
+        xp = namespace(log_nsr)
+        if xp is np:
+            return np.asarray(np.interp(log_nsr, self._log_nsr, self._index))
+        if self.levels == 1:
+            return xp.zeros_like(log_nsr)
+        table = self._on_device.get(log_nsr.device)
+        if table is None:
+            table = xp.as_tensor(self._log_nsr, device=log_nsr.device)
+            self._on_device[log_nsr.device] = table
+        below = (xp.searchsorted(table, log_nsr, right=True) - 1).clip(0, self.levels - 2)
+        share = (log_nsr - table[below]) / (table[below + 1] - table[below])
+        return below + share.clip(0.0, 1.0)
+
+    def level(self, r: Any) -> tuple[Any, Any]:
+        """(t, m) where σ/m is r, see `SDE.level`."""
+        return self._time_at_nsr(r), self._scale_at(r)
 
     def _drift_coef(self, t: Array) -> Array:
         raise self._no_coefficient("drift_coef")
@@ -151,7 +172,7 @@ class NCSNLadder(Ladder):
         return float(self.sigmas[-1])
 
     def _scale_at(self, nsr: Array) -> Array:
-        return np.ones_like(nsr)
+        return namespace(nsr).ones_like(nsr)
 
     def _parameter(self) -> tuple[str, Array]:
         return "sigmas", self.sigmas
@@ -226,7 +247,7 @@ class DDPMSchedule(Ladder):
         return 1.0
 
     def _scale_at(self, nsr: Array) -> Array:
-        return 1 / np.hypot(1, nsr)
+        return 1 / namespace(nsr).sqrt(1 + nsr**2)
 
     def _parameter(self) -> tuple[str, Array]:
         return "betas", self.betas

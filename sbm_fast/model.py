@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import numpy as np
 from sbm_fast import parameterization
 from sbm_fast.ladder import Ladder
 from sbm_fast.parameterization import Affine
-from sbm_fast.process import SDE, TOLERANCE, count, finite
+from sbm_fast.process import SDE, TOLERANCE, count, finite, namespace
 from sbm_fast.sde import as_sde
 
 if TYPE_CHECKING:
@@ -185,19 +184,38 @@ class ScoreModel:
         if self.sde is None:
             _check_time_and_sde(self.time, own)
         if callable(self.time):
-            label = np.asarray(self.time(np.array([t])), dtype=np.float64)
-            if label.size != 1 or not np.isfinite(label).all():
-                raise ValueError(f"time: expected one finite label at t = {t:g}, got {label!r}")
-            return float(label.reshape(()))
-        labels = {
-            "t": t,
-            "999t": 999 * t,
-            "index": t,
-            "sigma": nsr,
-            "log_sigma": math.log(nsr),
-            "edm": 0.25 * math.log(nsr),
-        }
-        return labels[self.time]
+            return float(self.labels(np.array([t]), np.array([nsr]))[0])
+        return float(self.labels(np.float64(t), np.float64(nsr)))
+
+    def labels(self, t: Any, nsr: Any) -> Any:
+        """What the network gets as its time at times t of its own SDE, where σ/m is nsr.
+
+        Args:
+            t, nsr: float64 [n], arrays or tensors; tensors stay on their device, but for a `time`
+                that is a function: the host calls it.
+
+        Raises: ValueError naming ``time`` when a function gives anything but n finite numbers.
+        """
+        if callable(self.time):
+            return self._own_labels(t)
+        if self.time in ("t", "index"):
+            return t
+        if self.time == "999t":
+            return 999 * t
+        if self.time == "sigma":
+            return nsr
+        log_nsr = namespace(nsr).log(nsr)
+        return log_nsr if self.time == "log_sigma" else 0.25 * log_nsr
+
+    def _own_labels(self, t: Any) -> Any:
+        xp = namespace(t)
+        times = t if xp is np else t.cpu().numpy()
+        labels = np.asarray(self.time(times), dtype=np.float64)  # type: ignore[operator]
+        if labels.size != times.size or not np.isfinite(labels).all():
+            at = ", ".join(f"{t:g}" for t in times.flat[:3]) + (", …" if times.size > 3 else "")
+            raise ValueError(f"time: expected one finite label each at t = {at}, got {labels!r}")
+        labels = labels.reshape(times.shape)
+        return labels if xp is np else xp.as_tensor(labels, device=t.device)
 
 
 def as_score_model(model: object, sde: object) -> ScoreModel:

@@ -14,7 +14,8 @@ name                    stream  draw
 ``TRAJECTORY``          1       index of the row in the plan
 ``PROBE``               2       Hutchinson probe, constant over a solve
 ``DEQUANTISATION``      3       repetition
-``TRAINING``            4       global training step (perturbation)
+``TRAINING``            4       global training step (perturbation);
+                                repetition · T + level in DDPM's bound
 ``TRAINING_TIME``       5       global training step (times)
 ======================  ======  ==========================================
 """

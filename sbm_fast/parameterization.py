@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from sbm_fast.process import finite
+from sbm_fast.process import finite, namespace
 
 PREDICTIONS = ("score", "eps", "x0", "v", "edm")
 
@@ -113,6 +114,50 @@ def input_scale(predicts: str, m: float, sigma: float, sigma_data: float = 0.5) 
     """
     h = _level(predicts, m, sigma, sigma_data)[3]
     return 1 / h if predicts == "edm" else 1.0
+
+
+@dataclass(frozen=True)
+class Flow:
+    """du/dλ = x·u + F·(network output), the network being fed c_in·u; see `flow`."""
+
+    x: Any
+    F: Any
+    c_in: Any
+
+
+def flow(predicts: str, m: Any, nsr: Any, sigma_data: float = 0.5) -> Flow:
+    """The probability-flow ODE over λ = ln(σ/m), of the state u = x/√(σ² + m² σ_d²).
+
+    With r = σ/m, s = r/√(σ_d² + r²) and c = σ_d/√(σ_d² + r²), so that s² + c² = 1,
+
+        du/dλ = s (ε − s u)
+
+    which is eq. 13 of Song et al. 2021 in a coordinate of unit scale at every noise level: u has
+    the variance of the data over σ_d² at one end and that of pure noise, 1, at the other, and
+    stands still for Gaussian data of standard deviation σ_d. It is one ODE for every SDE.
+
+    Each prediction has its own closed form, none of which cancels as r → 0 or ∞.
+
+    Args:
+        predicts: one of `PREDICTIONS`.
+        m, nsr: mean scale and σ/m of the network's own SDE, float64 arrays or tensors of one shape.
+        sigma_data: σ_d, standard deviation of the data.
+    """
+    check_prediction(predicts)
+    xp = namespace(nsr)
+    scale = xp.sqrt(sigma_data**2 + nsr**2)
+    s, c = nsr / scale, sigma_data / scale
+    if predicts == "edm":
+        return Flow(0.0 * s, -s * c, xp.ones_like(s))
+    c_in = m * scale
+    if predicts == "score":
+        return Flow(-s * s, -s * m * nsr, c_in)
+    if predicts == "eps":
+        return Flow(-s * s, s, c_in)
+    if predicts == "x0":
+        return Flow(c * c, -c / sigma_data, c_in)
+    n2 = 1 + nsr**2
+    return Flow(s * s * (sigma_data**2 - 1) / n2, s / xp.sqrt(n2), c_in)
 
 
 def check_prediction(predicts: object) -> str:

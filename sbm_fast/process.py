@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -22,6 +23,15 @@ TOLERANCE = 1e-9
 
 
 _MAX_INT64 = 2**63 - 1
+
+
+def namespace(values: Any) -> Any:
+    """The module whose functions take these: numpy, or torch for its tensors.
+
+    What a sampler on a GPU asks per sample and step has to stay on it; so those formulas are
+    written for both, and no torch is imported for the others.
+    """
+    return np if isinstance(values, (np.ndarray, np.generic)) else sys.modules["torch"]
 
 
 class SDE(ABC):
@@ -129,6 +139,14 @@ class SDE(ABC):
                 f"got {values[outside].flat[0]:.6g}"
             )
         return np.minimum(self._time_at_nsr(np.clip(values, low, high)), self.t_max)[()]
+
+    def level(self, r: Any) -> tuple[Any, Any]:
+        """(t, m) where σ/m is r, a float64 array or tensor known to lie in `nsr_range`.
+
+        Unchecked and elementwise: tensors stay on their device.
+        """
+        t = namespace(r).clip(self._time_at_nsr(r), 0.0, self.t_max)
+        return t, self._mean_scale(t)
 
     @cached_property
     def nsr_range(self) -> tuple[float, float]:

@@ -166,7 +166,7 @@ def kind(value: object) -> str:
 def check_outputs(outputs: Sequence[object], inputs: Tensor, row_inputs: RowInputs | None) -> None:
     """ValueError naming `model` unless these are one or two outputs that the step can read."""
     shape = tuple(inputs.shape if row_inputs is None else row_inputs.output_shape)
-    checked = [_checked_output(out, inputs, shape) for out in outputs]
+    checked = [checked_output(out, inputs, shape) for out in outputs]
     if len(checked) == 2 and checked[0].data_ptr() == checked[1].data_ptr():
         raise ValueError(
             "model: both outputs under guidance are the same memory; return a new tensor from "
@@ -174,7 +174,8 @@ def check_outputs(outputs: Sequence[object], inputs: Tensor, row_inputs: RowInpu
         )
 
 
-def _checked_output(out: object, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def checked_output(out: object, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A network's output at x if it is one that can be read, else ValueError naming `model`."""
     if not readable(out, shape):
         raise ValueError(f"model: expected a floating tensor of shape {shape}, got {kind(out)}")
     if out.device != x.device:

@@ -194,7 +194,7 @@ class Run:
 
     def _go(self, end: int, progress: bool, callback: Callable[[Step], None] | None) -> None:
         rows = self._rows(end) if self._capture is None else self._capture.rows(self, end)
-        with _eval_mode(self.net), _bar(end - self.row, progress) as bar, closing(rows):
+        with eval_mode(self.net), _bar(end - self.row, progress) as bar, closing(rows):
             for row in rows:
                 if bar is not None:
                     bar.update()
@@ -355,7 +355,7 @@ _in_use_lock = threading.Lock()
 
 
 @contextmanager
-def _eval_mode(net: object) -> Iterator[None]:
+def eval_mode(net: object) -> Iterator[None]:
     """Every submodule in eval mode, and each put back as it was.
 
     Runs in several threads may share a module: the last one out puts it back.

@@ -3,13 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sbm_fast import noise as noise_module
+from sbm_fast.adaptive import has_no_plan, sample_adaptive
 from sbm_fast.arguments import (
     check_cuda_graph,
     check_dtype,
@@ -26,34 +26,12 @@ from sbm_fast.model import ScoreModel, as_score_model
 from sbm_fast.plan import NORMS, Plan, X
 from sbm_fast.run import NoiseHook, Run, Step, Table
 from sbm_fast.run_state import check_guidance, check_state, check_values
+from sbm_fast.sample_info import SampleInfo
 from sbm_fast.sde import SDE, as_sde
 
 __all__ = ["Run", "SampleInfo", "Sampler", "Step", "sample"]
 
 Callback = Callable[[Step], None]
-
-
-@dataclass(frozen=True)
-class SampleInfo:
-    """What a sampling run did.
-
-    Attributes:
-        nfe: network evaluations per sample (two a row under guidance).
-        seed: the seed that gave the keys; None when `keys` were given.
-        seconds: wall time of the loop; seconds_network of it in the network, seconds_sampler in
-            everything else. On a GPU only `seconds` is known (launches are asynchronous), the
-            others are NaN.
-        backend: the kernels that ran.
-        plan: the table that was run.
-    """
-
-    nfe: int
-    seed: int | None
-    seconds: float
-    seconds_network: float
-    seconds_sampler: float
-    backend: str
-    plan: Plan
 
 
 class Sampler:
@@ -360,6 +338,36 @@ def sample(
     >>> import sbm_fast
     >>> x = sbm_fast.sample(lambda x, t: -x, sbm_fast.VPSDE(), (4, 2), steps=50, seed=0)
     """
+    if has_no_plan(method, method_options):
+        refused = {
+            "steps": steps,
+            "schedule": schedule,
+            "denoise": denoise or None,
+            "clip_denoised": clip_denoised,
+            "noise": noise,
+            "compat": compat,
+            "cuda_graph": None if cuda_graph in ("auto", False) else cuda_graph,
+            "callback": callback,
+        }
+        return sample_adaptive(
+            model,
+            sde,
+            shape,
+            num_samples=num_samples,
+            draws=(seed, keys, first_sample),
+            cond=cond,
+            guidance=guidance,
+            x_init=x_init,
+            times=(t_min, t_max),
+            refused=refused,
+            dtype=dtype,
+            net_dtype=net_dtype,
+            device=device,
+            backend=backend,
+            progress=progress,
+            return_info=return_info,
+            **method_options,
+        )
     sampler = Sampler(
         model,
         sde,

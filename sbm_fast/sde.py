@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from sbm_fast.ladder import DDPMSchedule, Ladder, NCSNLadder, largest_pairwise_distance
-from sbm_fast.process import SDE, finite
+from sbm_fast.process import SDE, finite, namespace
 
 if TYPE_CHECKING:
     from sbm_fast.process import Array
@@ -55,7 +55,7 @@ class VESDE(SDE):
         return self.sigma_max
 
     def _mean_scale(self, t: Array) -> Array:
-        return np.ones_like(t)
+        return namespace(t).ones_like(t)
 
     def _std(self, t: Array) -> Array:
         # This product is exact at both ends.
@@ -71,7 +71,7 @@ class VESDE(SDE):
         return self._std(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
 
     def _time_at_nsr(self, r: Array) -> Array:
-        return np.log(r / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+        return namespace(r).log(r / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
 
 
 class _VariancePreserving(SDE):
@@ -105,10 +105,10 @@ class _VariancePreserving(SDE):
     def _time_at_integral(self, b: Array) -> Array:
         # The root of ½Δt² + β_min t = b in the form that neither cancels nor divides by Δ = 0.
         slope = self.beta_max - self.beta_min
-        return 2 * b / (self.beta_min + np.sqrt(self.beta_min**2 + 2 * slope * b))
+        return 2 * b / (self.beta_min + namespace(b).sqrt(self.beta_min**2 + 2 * slope * b))
 
     def _mean_scale(self, t: Array) -> Array:
-        return np.exp(-0.5 * self._integral(t))
+        return namespace(t).exp(-0.5 * self._integral(t))
 
     def _drift_coef(self, t: Array) -> Array:
         return -0.5 * self._beta(t)
@@ -142,7 +142,7 @@ class VPSDE(_VariancePreserving):
         return np.sqrt(self._beta(t))
 
     def _time_at_nsr(self, r: Array) -> Array:
-        return self._time_at_integral(np.log1p(r**2))
+        return self._time_at_integral(namespace(r).log1p(r**2))
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class SubVPSDE(_VariancePreserving):
         return np.sqrt(-self._beta(t) * np.expm1(-2 * self._integral(t)))
 
     def _time_at_nsr(self, r: Array) -> Array:
-        return self._time_at_integral(2 * np.arcsinh(0.5 * r))
+        return self._time_at_integral(2 * namespace(r).arcsinh(0.5 * r))
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class EDMSDE(SDE):
         return math.inf
 
     def _mean_scale(self, t: Array) -> Array:
-        return np.ones_like(t)
+        return namespace(t).ones_like(t)
 
     def _std(self, t: Array) -> Array:
         return t

@@ -234,7 +234,7 @@ def test_a_function_as_time() -> None:
     for function in bad:
         with (
             np.errstate(divide="ignore"),
-            pytest.raises(ValueError, match=r"^time: expected one finite label at t = 3"),
+            pytest.raises(ValueError, match=r"^time: expected one finite label each at t = 3"),
         ):
             ScoreModel(identity, time=function).match(EDMSDE(), 3.0)
 

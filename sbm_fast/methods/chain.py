@@ -59,6 +59,18 @@ def transition(level: tuple[float, float], following: tuple[float, float]) -> tu
     return k, beta, sigma_next * math.sqrt(beta) / sigma
 
 
+def posterior_mean(
+    step: Step, sigma: float, m_next: float, sigma_next: float
+) -> tuple[float, float]:
+    """(weight of x_0, weight of x) in the mean of x' given x and x_0 (Ho et al. 2020, eq. 7)
+
+        (m' β x_0 + k σ'² x)/σ²,
+
+    the step going from level (m, σ) to (m', σ'). The posterior's variance is β̃ = posterior_std².
+    """
+    return m_next * step.beta / sigma**2, step.k * sigma_next**2 / sigma**2
+
+
 def check_falling(times: Sequence[float], nsr: Sequence[float]) -> None:
     """ValueError naming ``schedule`` unless σ/m falls from every time to the next, in float64."""
     for (t, high), (t_next, low) in pairwise(zip(times, nsr, strict=True)):

@@ -123,10 +123,11 @@ def ddpm_steps(run: Setup, steps: int | None, schedule: object) -> list[Step]:
     n = len(betas)
     if steps is not None and count("steps", steps) != n:
         raise ValueError(f"steps: compat={DDPM_PEER!r} keeps the schedule's {n}, got {steps!r}")
-    return [_ddpm_step(run.sde, i) for i in range(n - 1, -1, -1)]
+    return [ddpm_step(run.sde, i) for i in range(n - 1, -1, -1)]
 
 
-def _ddpm_step(sde: DDPMSchedule, i: int) -> Step:
+def ddpm_step(sde: DDPMSchedule, i: int) -> Step:
+    """The chain's step down from level i, with the schedule's own β_i."""
     beta = float(sde.betas[i])
     below = float(sde.std(i - 1)) if i > 0 else 0.0
     posterior_std = math.sqrt(beta) * below / float(sde.std(i))

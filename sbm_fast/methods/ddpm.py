@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from sbm_fast.methods.chain import chain_steps
+from sbm_fast.methods.chain import chain_steps, posterior_mean
 from sbm_fast.methods.compat import DDPM_PEER, ddpm_steps
 from sbm_fast.methods.setup import Setup, choice
 from sbm_fast.sde import VPSDE, DDPMSchedule
 
 if TYPE_CHECKING:
     from sbm_fast.methods.setup import Schedule
+    from sbm_fast.model import ScoreModel
     from sbm_fast.plan import Plan
 
 VARIANCES = ("beta", "beta_tilde", "learned")
@@ -65,7 +66,7 @@ def ddpm(
             f"sde: method {run.method!r} needs a variance-preserving chain (DDPMSchedule or VPSDE),"
             f" got {run.sde!r}; use ancestral there"
         )
-    variance = _variance(run, variance)
+    variance = chosen_variance(run.model, variance, run.compat)
     run.denoise_mode("mean", "mean", because="its last step draws no noise")
     if run.compat:
         path = ddpm_steps(run, steps, schedule)
@@ -80,7 +81,8 @@ def ddpm(
             b.row(e.D)
             continue
         m_next, sigma_next = b.level(step.t_next)
-        mean = (m_next * step.beta * e.D + step.k * sigma_next**2 * e.x) / e.sigma**2
+        of_data, of_state = posterior_mean(step, e.sigma, m_next, sigma_next)
+        mean = of_data * e.D + of_state * e.x
         if variance == "learned":
             if step.posterior_std <= 0:
                 raise ValueError(
@@ -94,13 +96,14 @@ def ddpm(
     return b.build(steps=len(path), variance=variance, compat=run.compat or "none")
 
 
-def _variance(run: Setup, variance: str | None) -> str:
-    learned = run.model.variance is not None
+def chosen_variance(model: ScoreModel, variance: str | None, compat: str | None = None) -> str:
+    """One of `VARIANCES`: that of the name, or for None the network's own, else "beta"."""
+    learned = model.variance is not None
     if variance is None:
-        return "learned" if learned and not run.compat else "beta"
+        return "learned" if learned and not compat else "beta"
     variance = choice("variance", variance, (*VARIANCES, *_ALIASES))
     variance = _ALIASES.get(variance, variance)
-    if variance == "learned" and run.compat:
+    if variance == "learned" and compat:
         raise ValueError(f"variance: compat={DDPM_PEER!r} has none that is learned")
     if variance == "learned" and not learned:
         raise ValueError(

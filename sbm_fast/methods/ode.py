@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sbm_fast.methods.setup import Setup, choice
+from sbm_fast.runge_kutta import is_adaptive
 
 if TYPE_CHECKING:
     from sbm_fast.methods.builder import Evaluation, Lin, PlanBuilder
@@ -38,6 +39,11 @@ def ode(
     """
     run.check_compat()
     run.continuous()
+    if is_adaptive(solver):
+        raise ValueError(
+            f"solver: {solver!r} makes its own steps, so it has no plan; expected one of {SOLVERS} "
+            "here, or sbm_fast.sample(…), which runs it without"
+        )
     solver = choice("solver", solver, SOLVERS)
     denoise = run.denoise_mode(False, "tweedie", False)
     times = run.times(steps, schedule, default=50, ends=True).tolist()

@@ -62,13 +62,20 @@ def reference(
 
 def sample_norm(v: Tensor) -> Tensor:
     """‖v_b‖ per sample [B], by the fixed tree."""
-    flat = v.reshape(len(v), -1) ** 2
-    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % BLOCK))
-    blocks = padded.reshape(len(v), -1, BLOCK)
+    return sample_sum(v**2).sqrt()
+
+
+def sample_sum(v: Tensor) -> Tensor:
+    """Σ_i v_bi per sample [B], by the fixed tree."""
+    flat = v.reshape(len(v), -1)
+    # A sample below one block needs no more zeros than up to a power of two.
+    block = min(BLOCK, 1 << max(0, flat.shape[1] - 1).bit_length())
+    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % block))
+    blocks = padded.reshape(len(v), -1, block)
     while blocks.shape[-1] > 1:
         half = blocks.shape[-1] // 2
         blocks = blocks[..., :half] + blocks[..., half:]
-    return _neighbour_sum(blocks[..., 0]).sqrt()
+    return _neighbour_sum(blocks[..., 0])
 
 
 def tree_mean(v: Tensor) -> Tensor:

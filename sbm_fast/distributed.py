@@ -1,0 +1,148 @@
+"""Likelihoods and encodings over the ranks of `torch.distributed`: each takes its share.
+
+Every rank is given all samples and gets all results. A rank solves its own share without talking
+to the others, so they may need different numbers of evaluations; they meet once, at the end, also
+when one of them fails. Sample b has the key of its global index, so the split leaves no trace but
+the network's rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sbm_fast import bits, encoding, likelihood, noise
+
+Result = TypeVar("Result")
+
+
+def share(n: int, group: Any = None) -> slice:
+    """Which of n samples are this rank's: consecutive ones, as many as the others' to within one.
+
+    Raises: RuntimeError when `torch.distributed` is not initialised.
+    """
+    _check_initialised()
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    return slice(n * rank // ranks, n * (rank + 1) // ranks)
+
+
+def log_likelihood(
+    model: object, sde: object, x: Tensor, *, group: Any = None, **options: Any
+) -> likelihood.LikelihoodResult:
+    """`sbm_fast.log_likelihood` of x [N, …], which every rank has, shared among the ranks.
+
+    Args:
+        group: a process group; None: all ranks.
+        options: those of `sbm_fast.log_likelihood`. With seed=None rank 0 draws it for all.
+
+    Raises: what `sbm_fast.log_likelihood` raises, on the rank where it does; RuntimeError naming
+    that rank on the others.
+    """
+    return _over_ranks(likelihood.log_likelihood, model, sde, x, group, options)
+
+
+def bits_per_dim(
+    model: object, sde: object, x: Tensor, *, group: Any = None, **options: Any
+) -> bits.BitsResult:
+    """`sbm_fast.bits_per_dim` shared among the ranks, as `log_likelihood`."""
+    whole = _over_ranks(bits.bits_per_dim, model, sde, x, group, options)
+    mean, error = bits.mean_and_error(whole.bits_per_dim)
+    return dataclasses.replace(whole, mean=mean, mean_stderr=error)
+
+
+def encode(model: object, sde: object, x: Tensor, *, group: Any = None, **options: Any) -> Tensor:
+    """`sbm_fast.encode` shared among the ranks, as `log_likelihood`; nothing is drawn."""
+    return _over_ranks(encoding.encode, model, sde, x, group, options, draws=False)
+
+
+def _over_ranks(
+    function: Callable[..., Result],
+    model: object,
+    sde: object,
+    x: Tensor,
+    group: Any,
+    options: dict[str, Any],
+    *,
+    draws: bool = True,
+) -> Result:
+    mine = share(len(x), group)
+    own = _own_options(options, len(x), mine)
+    if draws and options.get("keys") is None:
+        own |= _seed_of_rank_0(options.get("seed"), group)
+        own["first_sample"] = options.get("first_sample", 0) + mine.start
+    failure: Exception | None = None
+    result: Any = None
+    try:
+        result = function(model, sde, x[mine], **own)
+    except Exception as error:  # the others wait for this rank: it must come to the meeting
+        failure = error
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    said = None if failure is None else f"{type(failure).__name__}: {failure}"
+    dist.all_gather_object(parts, (said, _on_cpu(result)), group=group)
+    if failure is not None:
+        raise failure
+    for rank, (error, _) in enumerate(parts):
+        if error is not None:
+            raise RuntimeError(f"rank {rank} of {len(parts)} failed: {error}")
+    return _joined([part for _, part in parts], result)
+
+
+def _check_initialised() -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "torch.distributed is not initialised; expected a process group (torchrun and "
+            "torch.distributed.init_process_group)"
+        )
+
+
+def _own_options(options: dict[str, Any], n: int, mine: slice) -> dict[str, Any]:
+    """The options with this rank's part of what belongs to the samples."""
+    own = dict(options)
+    if isinstance(own.get("keys"), Tensor):
+        own["keys"] = own["keys"][mine]
+    if isinstance(own.get("cond"), dict):
+        own["cond"] = {
+            name: v[mine] if isinstance(v, Tensor) and v.dim() > 0 and len(v) == n else v
+            for name, v in own["cond"].items()
+        }
+    if own.get("progress"):
+        own["progress"] = mine.start == 0
+    return own
+
+
+def _seed_of_rank_0(seed: int | None, group: Any) -> dict[str, int]:
+    agreed = [noise.fresh_seed() if seed is None else seed]
+    dist.broadcast_object_list(agreed, group=group, group_src=0)
+    return {"seed": agreed[0]}
+
+
+def _on_cpu(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result.cpu()
+    if not dataclasses.is_dataclass(result) or isinstance(result, type):
+        return result
+    values = {f.name: _on_cpu(getattr(result, f.name)) for f in dataclasses.fields(result)}
+    return dataclasses.replace(result, **values)
+
+
+def _joined(parts: list[Any], own: Any) -> Any:
+    """The parts side by side: samples are the last axis of a table, else the first."""
+    if isinstance(own, Tensor):
+        return torch.cat(parts).to(own.device)
+    values = {}
+    for field in dataclasses.fields(own):
+        mine = getattr(own, field.name)
+        all_of_it = [getattr(part, field.name) for part in parts]
+        if isinstance(mine, Tensor):
+            axis = -1 if field.name in ("columns", "log_prob") else 0
+            values[field.name] = torch.cat(all_of_it, dim=axis).to(mine.device)
+        elif dataclasses.is_dataclass(mine):
+            values[field.name] = _joined(all_of_it, mine)
+        elif field.name == "seconds":
+            values[field.name] = max(all_of_it)
+    return dataclasses.replace(own, **values)

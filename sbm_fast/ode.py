@@ -1,0 +1,279 @@
+"""Solvers for du/dt = f(t, u) over independent samples, each at its own time.
+
+Every sample has its own time, step size, error and acceptance, so its result does not depend on
+its neighbours. The stages are rows of the affine step (`sbm_fast.stages`), the error norm is the
+reduction `error_norm_`. Nothing is read back but, every few steps, which samples are done: their
+places go to samples that wait, and when none waits they are closed up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sbm_fast.backend import Kernels
+from sbm_fast.ops._row import per_sample
+from sbm_fast.runge_kutta import Tableau
+from sbm_fast.stages import Pool, Stages, System
+
+SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
+FIRST_STEP = 0.01
+"""The first step, as a share of the interval."""
+LOST = 1e-9
+"""A step this small, as a share of the interval, at which the slopes are still not finite."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """u [N, …] at the end of the interval, or where a sample was left (`finished` False).
+
+    integrals float64 [Q, N], nfe int64 [N] evaluations of the slope, finished bool [N].
+    """
+
+    u: Tensor
+    integrals: Tensor
+    nfe: Tensor
+    finished: Tensor
+
+    @classmethod
+    def empty(cls, u: Tensor, columns: int) -> Solution:
+        count = len(u)
+        return cls(
+            torch.empty_like(u, memory_format=torch.contiguous_format),
+            u.new_zeros((columns, count), dtype=torch.float64),
+            u.new_zeros(count, dtype=torch.int64),
+            u.new_zeros(count, dtype=torch.bool),
+        )
+
+    def put(self, pool: Pool, which: Tensor, finished: Tensor) -> None:
+        """Takes over the samples at these places of the pool."""
+        samples = pool.samples[which]
+        self.u[samples] = pool.registers[0, which]
+        self.integrals[:, samples] = pool.integrals[:, which]
+        self.nfe[samples] = pool.nfe[which]
+        self.finished[samples] = finished[which]
+
+
+def solve_fixed(
+    system: System,
+    u: Tensor,
+    grid: list[float],
+    *,
+    tableau: Tableau,
+    kernels: Kernels,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Solution:
+    """All samples over one grid of times, `batch_size` at a time; the error is not looked at.
+
+    Raises: ValueError with the system's message where a state or an integral is not finite.
+    """
+    solution, stages = Solution.empty(u, system.columns), Stages(system, tableau, kernels, u)
+    batch = max(1, min(batch_size or len(u), len(u)))
+    with tqdm(total=len(u), unit="sample", disable=not progress, dynamic_ncols=True) as bar:
+        for samples in torch.arange(len(u), device=u.device).split(batch):
+            system.select(samples)
+            pool = Pool.of(system, u, samples, grid[0], 0.0, tableau.stages)
+            for i, (t, t_next) in enumerate(itertools.pairwise(grid)):
+                pool.t.fill_(t)
+                if i == 0 or not tableau.first_same_as_last:
+                    stages.begin(pool)
+                pool.h.fill_(t_next - t)
+                growth, last = stages.step(pool, pool.h)
+                pool.integrals.add_(growth)
+                pool.registers[0].copy_(pool.u)
+                if tableau.first_same_as_last:
+                    pool.registers[1].copy_(pool.registers[-1])
+                    pool.first.copy_(last)
+            pool.nfe.fill_((len(grid) - 1) * stages.evaluations + int(tableau.first_same_as_last))
+            good = torch.isfinite(pool.u).reshape(len(samples), -1).all(1)
+            good &= torch.isfinite(pool.integrals).all(0)
+            if not good.all():
+                bad = torch.nonzero(~good).flatten()
+                raise ValueError(system.not_finite(samples[bad], pool.t[bad], pool.nfe[bad]))
+            solution.put(pool, torch.arange(len(samples), device=u.device), pool.active)
+            bar.update(len(samples))
+    return solution
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """When a step is accepted, and when a sample is given up."""
+
+    rtol: float
+    atol: float
+    max_nfe: int
+
+
+class Adaptive:
+    """Steps whose size follows each sample's own error (PI control, Gustafsson 1991).
+
+        h' = h · clip(0.9 e^(−0.7/p) e_before^(0.4/p), 0.2, 10),   p the order,   accepted if e ≤ 1
+
+    and after a rejection h' = h · clip(0.9 e^(−1/p), 0.2, 1).
+    """
+
+    def __init__(
+        self,
+        system: System,
+        u: Tensor,
+        interval: tuple[float, float],
+        *,
+        tableau: Tableau,
+        tolerance: Tolerance,
+        kernels: Kernels,
+        batch_size: int | None = None,
+    ) -> None:
+        self._system, self._u, (self._begin, self._end) = system, u, interval
+        self._span, self._limits = abs(self._end - self._begin), tolerance
+        self._stages, self._tableau = Stages(system, tableau, kernels, u), tableau
+        self._solution = Solution.empty(u, system.columns)
+        self._batch = max(1, min(batch_size or len(u), len(u)))
+        # A look costs a GPU its queue; on a CPU it is free.
+        self._steps_between_looks = 1 if u.device.type == "cpu" else 4
+        self._waiting = torch.arange(len(u), device=u.device)
+
+    def solve(self, progress: bool = False) -> Solution:
+        """Every sample to the end of the interval, or to `max_nfe`.
+
+        Raises: ValueError with the system's message where slopes are not finite however small the
+        step.
+        """
+        if len(self._u) == 0:
+            return self._solution
+        pool = self._newcomers(self._batch)
+        with tqdm(
+            total=len(self._u), unit="sample", disable=not progress, dynamic_ncols=True
+        ) as bar:
+            while len(pool.samples):
+                for _ in range(self._steps_between_looks):
+                    self._step(pool)
+                pool = self._renew(pool, bar.update)
+        return self._solution
+
+    def _newcomers(self, count: int) -> Pool:
+        samples, self._waiting = self._waiting[:count], self._waiting[count:]
+        h = FIRST_STEP * (self._end - self._begin)
+        pool = Pool.of(self._system, self._u, samples, self._begin, h, self._tableau.stages)
+        self._system.select(samples)
+        self._stages.begin(pool)
+        pool.nfe.add_(1)
+        if 1 + self._stages.evaluations > self._limits.max_nfe:
+            pool.active.fill_(False)
+        return pool
+
+    def _step(self, pool: Pool) -> None:
+        p, limits = pool, self._limits
+        left = self._end - p.t
+        last_step = p.h.abs() >= left.abs()
+        h = torch.where(last_step, left, p.h)
+        growth, last = self._stages.step(p, h)
+        error = self._stages.error_norm(p, h, limits.atol, limits.rtol)
+        error = torch.where(torch.isfinite(growth).all(0), error, torch.inf)
+        accepted = p.active & (error <= 1)
+
+        wide = per_sample(accepted, p.u)
+        p.registers[0].copy_(torch.where(wide, p.u, p.registers[0]))
+        p.registers[1].copy_(torch.where(wide, p.registers[-1], p.registers[1]))
+        p.first.copy_(torch.where(accepted, last, p.first))
+        p.integrals.add_(torch.where(accepted, growth, 0.0))
+        p.t.copy_(torch.where(accepted, torch.where(last_step, self._end, p.t + h), p.t))
+        p.nfe.add_(p.active * self._stages.evaluations)
+
+        lost = ~accepted & ~torch.isfinite(error) & (h.abs() <= LOST * self._span)
+        p.h.copy_(torch.where(lost, torch.nan, h * self._factor(error, p.error, accepted)))
+        p.error.copy_(torch.where(accepted, error.clamp_min(1e-4), p.error))
+        spent = p.nfe + self._stages.evaluations > limits.max_nfe
+        p.active.logical_and_(~(accepted & last_step) & ~spent & ~lost)
+
+    def _factor(self, error: Tensor, before: Tensor, accepted: Tensor) -> Tensor:
+        p = self._tableau.order
+        log_e = torch.log(error.clamp(1e-10, 1e10))
+        proportional = SAFETY * torch.exp(-0.7 / p * log_e + 0.4 / p * torch.log(before))
+        rejected = (SAFETY * torch.exp(-1 / p * log_e)).clamp_max(1.0)
+        factor = torch.where(accepted, proportional, rejected).nan_to_num(SHRINK)
+        # On a coarse grid, so that another rounding of exp in another batch leaves no trace.
+        return (factor.clamp(SHRINK, GROW) * 1024).round() / 1024
+
+    def _renew(self, pool: Pool, report: Callable[[int], Any]) -> Pool:
+        """Hands over what is done; others take its places."""
+        done = torch.nonzero(~pool.active).flatten()
+        waiting = len(self._waiting)
+        enough = max(1, self._batch // 8) if waiting else 1
+        if len(done) < enough:
+            return pool
+        lost = done[pool.h[done].isnan()]
+        if len(lost):
+            message = self._system.not_finite(pool.samples[lost], pool.t[lost], pool.nfe[lost])
+            raise ValueError(message)
+        self._solution.put(pool, done, pool.t == self._end)
+        report(len(done))
+        if waiting:
+            new = self._newcomers(len(done))
+            places = done[: len(new.samples)]
+            pool.put(places, new)
+            pool.active[done[len(new.samples) :]] = False
+            done = done[len(new.samples) :]
+        if len(done):
+            stays = torch.ones_like(pool.active)
+            stays[done] = False
+            pool = pool.keep(torch.nonzero(stays).flatten())
+        if len(pool.samples):
+            self._system.select(pool.samples)
+        return pool
+
+
+def solve_torchdiffeq(
+    system: System,
+    u: Tensor,
+    interval: tuple[float, float],
+    *,
+    method: str,
+    tolerance: Tolerance,
+    batch_size: int | None = None,
+) -> Solution:
+    """torchdiffeq's solver of that name: one step size and one error norm (integrals included) for
+    the samples of a batch, state and integrals in the state's dtype. For cross-checks.
+
+    Raises: ModuleNotFoundError without torchdiffeq; ValueError naming `solver` for an unknown
+    method, and with the system's message where the result is not finite.
+    """
+    try:
+        from torchdiffeq import odeint
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "solver: torchdiffeq is not installed here: pip install torchdiffeq"
+        ) from error
+    solution = Solution.empty(u, system.columns)
+    times = torch.tensor(interval, dtype=torch.float64, device=u.device)
+    for samples in torch.arange(len(u), device=u.device).split(max(1, batch_size or len(u))):
+        system.select(samples)
+        state, calls = u[samples], 0
+
+        def slope(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            nonlocal calls
+            calls += 1
+            now, out = y[0], torch.empty_like(y[0])
+            at = system.at(t.double().expand(len(now)))
+            inputs = (per_sample(at.c_in, now) * now).to(system.net_dtype)
+            growth = system.slope(at, now, inputs, out, system.columns > 0)
+            return out, torch.zeros_like(y[1]) if growth is None else growth.to(now.dtype)
+
+        start = (state, state.new_zeros(system.columns, len(state)))
+        try:
+            end, growth = odeint(
+                slope, start, times, method=method, rtol=tolerance.rtol, atol=tolerance.atol
+            )
+        except ValueError as error:
+            if "Invalid method" not in str(error):
+                raise
+            raise ValueError(f"solver: torchdiffeq says: {error}") from error
+        solution.u[samples], solution.integrals[:, samples] = end[-1], growth[-1].double()
+        solution.nfe[samples], solution.finished[samples] = calls, True
+    return solution
