@@ -77,7 +77,10 @@ class ProbabilityFlow:
         t, m = self._own.level(nsr)
         form = parameterization.flow(self.model.predicts, m, nsr, self.model.sigma_data)
         coef = torch.stack([form.x, form.F, form.F * form.c_in], dim=-1)
-        return Instant(coef, form.c_in, self.model.labels(t, nsr))
+        # The divergence of pure signal and of pure noise differ by d; the known one is that of
+        # signal, −d r²/(σ_d² + r²).
+        known = nsr**2 / (self.model.sigma_data**2 + nsr**2)
+        return Instant(coef, form.c_in, self.model.labels(t, nsr), known)
 
     def grid(self, steps: int | None, schedule: Any, default: int) -> list[float]:
         """λ of a fixed grid from data to prior: `steps` equal steps, or those of a schedule
@@ -124,6 +127,7 @@ class FlowSystem:
         self.unscaled = flow.model.predicts == "edm"
         self._divergence = divergence
         self.columns = 0 if divergence is None else divergence.columns
+        self.integrals_steer = divergence is not None and divergence.kind == "exact"
         self._label_dtype = torch.float64 if net_dtype == torch.float64 else torch.float32
         self._all = _Samples(keys, dict(cond or {}), dict(flow.model.null_cond or {}), guidance)
         self._now = self._all

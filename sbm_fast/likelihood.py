@@ -157,7 +157,7 @@ def log_likelihood(
         columns=columns,
         seed=seed,
         trace=divergence.kind,
-        product=divergence.product,
+        product=divergence.products,
         backend=journey.kernels.name,
         seconds=time.perf_counter() - begin,
     )
@@ -185,7 +185,6 @@ def _divergence(
         product=product,
         first_draw=first_probe,
         kernels=journey.kernels,
-        dtype=journey.dtype,
     )
 
 
