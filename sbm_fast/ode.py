@@ -255,12 +255,12 @@ class Adaptive:
 
 
 class _Slope:
-    """The slopes as torchdiffeq asks for them; the last ones say why it gave up."""
+    """The slopes of a batch as torchdiffeq asks for them."""
 
-    def __init__(self, system: System, max_nfe: int) -> None:
-        self._system, self._max_nfe, self.calls = system, max_nfe, 0
-        self._t: Tensor | None = None
-        self.last: tuple[Tensor, Tensor]
+    def __init__(self, system: System, samples: Tensor, max_nfe: int) -> None:
+        self._system, self._samples, self._max_nfe = system, samples, max_nfe
+        self._t = torch.empty(0)
+        self.calls = 0
 
     def __call__(self, t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if self.calls == self._max_nfe:
@@ -274,18 +274,16 @@ class _Slope:
         at = self._system.at(self._t)
         inputs = (per_sample(at.c_in, now) * now).to(self._system.net_dtype)
         growth = self._system.slope(at, now, inputs, out, self._system.columns > 0)
-        self.last = out, torch.zeros_like(y[1]) if growth is None else growth.to(now.dtype)
-        return self.last
+        integrands = torch.zeros_like(y[1]) if growth is None else growth.to(now.dtype)
+        self.check(out, integrands)  # no step of torchdiffeq comes back from what is not finite
+        return out, integrands
 
-    def check_finite(self, samples: Tensor) -> None:
-        """ValueError with the system's message unless what came last is finite."""
-        if self._t is None:
-            return
-        state, integrals = self.last
+    def check(self, state: Tensor, integrals: Tensor) -> None:
+        """ValueError with the system's message unless both are finite."""
         bad = torch.nonzero(~_finite(state, integrals)).flatten()
         if len(bad):
             nfe = torch.full_like(bad, self.calls)
-            raise ValueError(self._system.not_finite(samples[bad], self._t[bad], nfe))
+            raise ValueError(self._system.not_finite(self._samples[bad], self._t[bad], nfe))
 
 
 def solve_torchdiffeq(
@@ -314,19 +312,17 @@ def solve_torchdiffeq(
     times = torch.tensor(interval, dtype=torch.float64, device=u.device)
     for samples in torch.arange(len(u), device=u.device).split(max(1, batch_size or len(u))):
         system.select(samples)
-        slope = _Slope(system, tolerance.max_nfe)
+        slope = _Slope(system, samples, tolerance.max_nfe)
         start = (u[samples], u.new_zeros(system.columns, len(samples)))
         try:
             end, growth = odeint(
                 slope, start, times, method=method, rtol=tolerance.rtol, atol=tolerance.atol
             )
         except (ValueError, AssertionError) as error:
-            slope.check_finite(samples)
             if isinstance(error, ValueError) and "Invalid method" not in str(error):
                 raise
             raise ValueError(f"solver: torchdiffeq says: {error}") from error
+        slope.check(end[-1], growth[-1])
         solution.u[samples], solution.integrals[:, samples] = end[-1], growth[-1].double()
-        slope.last = end[-1], growth[-1]
-        slope.check_finite(samples)
         solution.nfe[samples], solution.finished[samples] = slope.calls, True
     return solution

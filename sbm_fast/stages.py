@@ -151,7 +151,7 @@ class Stages:
         device, self._dtype, self._size = u.device, u.dtype, math.prod(u.shape[1:])
         wide: Any = {"dtype": torch.float64, "device": device}
         self._weights = torch.tensor(tableau.combinations, **wide)  # [M, s]
-        self._nodes = torch.tensor(tableau.nodes, **wide)[:, None]
+        self._nodes = torch.tensor((0.0, *tableau.nodes), **wide)[:, None]
         self._error = torch.tensor((0.0, *(tableau.error or ())), **wide)
         self._lanes = 2 * (H0 + 1 + tableau.stages) + len(TAIL_LANES)
         self._c_in = 2 * (H0 + 1 + tableau.stages) + TAIL_LANES.index("c_in_next")
@@ -177,13 +177,13 @@ class Stages:
 
     def step(self, pool: Pool, h: Tensor) -> Growth:
         """The stages of a step of h [B] from k_1 on: u becomes u'."""
-        begin, at = self.system.at(pool.t), self.system.at(pool.t + self._nodes * h)
-        coef, field = self._table(at.c_in, h)
+        at = self.system.at(pool.t + self._nodes * h)
+        coef, field = self._table(at.c_in[1:], h)
         batch, b, e = len(h), self.tableau.b, self._e
         total, last = b[0] * pool.first, pool.first
-        error = e[0] * self._steering(begin, pool.first)
+        error = e[0] * self._steering(at[0], pool.first)
         row = torch.arange(batch, dtype=torch.int32, device=h.device)
-        for m in range(len(self._nodes)):
+        for m in range(len(self.tableau.nodes)):
             here = torch.where(pool.active, row + m * batch, -1)
             self.kernels.affine_step_(
                 pool.u, None, None, None, pool.registers, pool.samples, here, coef, field, None,
@@ -192,10 +192,10 @@ class Stages:
             stage = m + 2
             if stage > self.tableau.stages:
                 break
-            slope = self._slope(pool, at[m], stage)
+            slope = self._slope(pool, at[m + 1], stage)
             if slope is not None:
                 total, last = total + b[stage - 1] * slope, slope
-                error = error + e[stage - 1] * self._steering(at[m], slope)
+                error = error + e[stage - 1] * self._steering(at[m + 1], slope)
         return Growth(h * total, h * error, last)
 
     def _steering(self, at: Instant, integrands: Tensor) -> Tensor:
