@@ -33,9 +33,7 @@ class Instant:
     steering: Tensor
 
     def __getitem__(self, index: int) -> Instant:
-        return Instant(
-            self.coef[index], self.c_in[index], self.label[index], self.steering[index]
-        )
+        return Instant(self.coef[index], self.c_in[index], self.label[index], self.steering[index])
 
 
 class System(Protocol):
