@@ -67,7 +67,7 @@ class Evaluation:
               help="digits (held out), a folder of PNG or JPEG, or an .npz file.")  # fmt: skip
 @click.option("--array", help="Name of the array in the .npz file; default: the only one.")
 @click.option("--size", type=COUNT, help="Scale images to SIZE x SIZE; default: as they are.")
-@click.option("--num", type=COUNT, help="How many samples at most; default: all.")
+@click.option("--num", default=64, show_default=True, type=COUNT, help="How many samples at most.")
 @click.option("--first", default=0, show_default=True, type=click.IntRange(min=0),
               help="Number of the first sample; its noise is that of this number.")  # fmt: skip
 @click.option("--levels", type=click.IntRange(min=2),
@@ -105,7 +105,7 @@ def likelihood(
     source: str,
     array: str | None,
     size: int | None,
-    num: int | None,
+    num: int,
     first: int,
     levels: int | None,
     data_range: tuple[float, float],
@@ -133,7 +133,7 @@ def likelihood(
     x = _load(source, array, size, levels, data_range)
     if first >= len(x):
         raise ValueError(f"--first: expected less than the {len(x)} samples, got {first}")
-    x = x[first:] if num is None else x[first : first + num]
+    total, x = len(x), x[first : first + num]
     net = UNet.load(weights) if weights else shipped.digits()
     common = dict(
         data_range=data_range,
@@ -147,7 +147,8 @@ def likelihood(
     )
     run = _bound if bound else _flow
     evaluation = run(net, net.sde if sde is None else sde, x, common, settings)
-    _report(evaluation, source, first, math.prod(x.shape[1:]))
+    whence = f"{total} of {source}, the first is number {first}"
+    _report(evaluation, whence, math.prod(x.shape[1:]))
     if path is not None:
         _write(path, evaluation, first)
         click.echo(f"results   {path}")
@@ -269,13 +270,13 @@ def _arrays(columns: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: values.cpu().numpy() for name, values in columns.items()}
 
 
-def _report(evaluation: Evaluation, source: str, first: int, dimension: int) -> None:
+def _report(evaluation: Evaluation, whence: str, dimension: int) -> None:
     columns, facts = evaluation.columns, evaluation.facts
     bits = columns["bits_per_dim"]
     n = len(bits)
     spread = float(bits.std(ddof=1)) if n > 1 else math.nan
     lines = {
-        "data": f"{n} samples of {source}, the first is number {first}",
+        "data": f"{n} samples out of {whence}",
         "dimension": f"{dimension}",
         "bits/dim": f"{facts['bits_per_dim']:.4f} ± {facts['stderr_of_mean']:.4f} "
         f"(spread between samples {spread:.4f})",
