@@ -67,7 +67,7 @@ class Evaluation:
               help="digits (held out), a folder of PNG or JPEG, or an .npz file.")  # fmt: skip
 @click.option("--array", help="Name of the array in the .npz file; default: the only one.")
 @click.option("--size", type=COUNT, help="Scale images to SIZE x SIZE; default: as they are.")
-@click.option("--num", default=64, show_default=True, type=COUNT, help="How many samples at most.")
+@click.option("--num", default=16, show_default=True, type=COUNT, help="How many samples at most.")
 @click.option("--first", default=0, show_default=True, type=click.IntRange(min=0),
               help="Number of the first sample; its noise is that of this number.")  # fmt: skip
 @click.option("--levels", type=click.IntRange(min=2),
