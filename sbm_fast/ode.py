@@ -257,8 +257,13 @@ class Adaptive:
 class _Slope:
     """The slopes of a batch as torchdiffeq asks for them."""
 
-    def __init__(self, system: System, samples: Tensor, max_nfe: int) -> None:
+    def __init__(
+        self, system: System, samples: Tensor, interval: tuple[float, float], max_nfe: int
+    ) -> None:
         self._system, self._samples, self._max_nfe = system, samples, max_nfe
+        # It looks beyond the end, in search of its first step as far as it likes.
+        span = abs(interval[1] - interval[0])
+        self._reach = min(interval) - span, max(interval) + span
         self._t = torch.empty(0)
         self.calls = 0
 
@@ -270,7 +275,7 @@ class _Slope:
             )
         self.calls += 1
         now, out = y[0], torch.empty_like(y[0])
-        self._t = t.double().expand(len(now))
+        self._t = t.double().clamp(*self._reach).expand(len(now))
         at = self._system.at(self._t)
         inputs = (per_sample(at.c_in, now) * now).to(self._system.net_dtype)
         growth = self._system.slope(at, now, inputs, out, self._system.columns > 0)
@@ -312,7 +317,7 @@ def solve_torchdiffeq(
     times = torch.tensor(interval, dtype=torch.float64, device=u.device)
     for samples in torch.arange(len(u), device=u.device).split(max(1, batch_size or len(u))):
         system.select(samples)
-        slope = _Slope(system, samples, tolerance.max_nfe)
+        slope = _Slope(system, samples, interval, tolerance.max_nfe)
         start = (u[samples], u.new_zeros(system.columns, len(samples)))
         try:
             end, growth = odeint(
