@@ -70,13 +70,13 @@ def test_declared_range_is_all_that_counts() -> None:
     """Data in [0, 2] and a model of them have the bits of data in [0, 1] and a model of those."""
     k = torch.randint(0, 5, (4, 2), generator=torch.Generator().manual_seed(1))
     exact = {"rtol": 1e-6, "atol": 1e-6, "seed": 3}
-    narrow, wide = (
-        bits_per_dim(
-            score_of_normal(s), VP, s * k.float() / 4, data_range=(0, s), levels=5,
-            prior=_normal(math.hypot(float(VP.mean_scale(1.0)) * s, float(VP.std(1.0))), 2), **exact,
-        )
-        for s in (1.0, 2.0)
-    )  # fmt: skip
+    found = []
+    for s in (1.0, 2.0):
+        prior = _normal(math.hypot(float(VP.mean_scale(1.0)) * s, float(VP.std(1.0))), 2)
+        x, ends = s * k.float() / 4, (0, s)
+        model = score_of_normal(s)
+        found.append(bits_per_dim(model, VP, x, data_range=ends, levels=5, prior=prior, **exact))
+    narrow, wide = found
     torch.testing.assert_close(narrow.bits_per_dim, wide.bits_per_dim, rtol=0, atol=2e-4)
 
 
