@@ -146,7 +146,13 @@ class VectorJacobian(Jacobian):
         with torch.enable_grad():
             # A copy, no leaf: autograd has its own error for leaves that are changed in place.
             self._at = self._inputs.detach().requires_grad_().clone()
-            self._graph = self._called(self._at)
+            try:
+                self._graph = self._called(self._at)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = f"its forward under autograd failed ({_words(error)})"
+                raise NotDifferentiable(reason) from error
         if not self._graph.requires_grad:
             raise NotDifferentiable(INDEPENDENT)
         self.output = self._graph.detach()
@@ -184,14 +190,15 @@ class JacobianVector(Jacobian):
         # F does not depend on the vector: it is made once.
         axes: Any = (None, 0)
         with torch.no_grad():
-            self.output, products = torch.vmap(both, out_dims=axes, randomness="same")(vectors)
+            output, products = torch.vmap(both, out_dims=axes, randomness="same")(vectors)
+        self.output = output.detach()
         return products
 
     def _one(self, vector: Tensor, last: bool) -> Tensor | None:
         with torch.no_grad(), forward_ad.dual_level():
             dual = self._called(forward_ad.make_dual(self._inputs, vector))
             output, tangent = forward_ad.unpack_dual(dual)
-        self.output = output
+        self.output = output.detach()  # a network that is a gradient itself may keep a graph
         return tangent
 
     def _failed(self, error: RuntimeError) -> str:

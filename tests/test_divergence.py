@@ -370,7 +370,7 @@ def test_auto_takes_what_the_network_has() -> None:
 def test_networks_without_vmap_run_in_a_loop() -> None:
     divergence = made("hutchinson", 3, product="jvp")
     found = columns(divergence, energy, states(2))
-    assert divergence.batched is False
+    assert divergence.batched is False and not found.requires_grad
     torch.testing.assert_close(found, columns(made("hutchinson", 3), energy, states(2)))
 
 
@@ -400,6 +400,18 @@ def test_networks_that_cannot_be_differentiated(network: Network, kind: str, pro
             columns(made(kind, probes, product=product), network, states(2))
     with pytest.raises(ValueError, match=r"^model: cannot be .*; vjp: its out.*; jvp: its out"):
         columns(made(kind, probes), network, states(2))
+
+
+def test_a_network_that_autograd_stops() -> None:
+    def network(x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy() * 2)
+
+    with pytest.raises(ValueError, match=r"^model: its forward under autograd failed \(.*numpy"):
+        columns(made(product="vjp"), network, states(2))
+    with pytest.raises(
+        ValueError, match=r"^model: cannot be .*; vjp: its forward .*; jvp: its out"
+    ):
+        columns(made(), network, states(2))
 
 
 def test_derivatives_that_are_not_implemented() -> None:
@@ -527,23 +539,20 @@ def test_estimates_agree_with_the_exact_trace_of_digits(
         assert bool(((found.mean(0) - exact).abs() < Z * error).all()), kind
 
 
-@pytest.mark.parametrize(
-    ("r", "probes", "at_most"), [(1.0, 16, 0.85), (1.0, 32, 0.6), (3.0, 32, 0.6)]
-)
+@pytest.mark.parametrize(("r", "at_most"), [(1.0, 0.75), (3.0, 0.6)])
 def test_xtrace_gains_on_digits_at_high_noise(
     digit_states: Callable[[float, int], tuple[Network, Tensor, Tensor]],
     r: float,
-    probes: int,
     at_most: float,
 ) -> None:
-    """Its standard deviation against Rademacher's at equal products (docs/likelihood.md)."""
-    copies = 24
+    """Its error against Rademacher's, both with 32 products (docs/likelihood.md: not at low)."""
+    copies = 12
     network, x, shift = digit_states(r, copies)
     single, y, _ = digit_states(r, 1)
     exact = columns(made("exact"), single, y)[0].repeat_interleave(copies)
 
     def deviation(kind: str, a: Tensor | None) -> float:
-        found = columns(made(kind, probes), network, x, shift=a)
+        found = columns(made(kind, 32), network, x, shift=a)
         return float(((found.mean(0) - exact) ** 2).mean().sqrt())
 
     assert deviation("xtrace", shift) < at_most * deviation("hutchinson", None)
