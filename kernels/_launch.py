@@ -101,13 +101,13 @@ def table(t: Tensor, like: Tensor, columns: int, name: str) -> Tensor:
     return t
 
 
-def first_of(t: Tensor, x: Tensor, name: str) -> Tensor:
-    """The first of tensors of x's shape that stand behind one another in t, empty without any."""
+def first_of(t: Tensor, x: Tensor, name: str) -> Tensor | None:
+    """The first of the tensors of x's shape that stand behind one another in t, if any does."""
     ok = t.dim() == x.dim() + 1 and t.shape[1:] == x.shape
     require(ok, f"{name}: expected [count, *x.shape]")
     require(t.dtype in FLOATS, f"{name}: expected float32, float64, bfloat16 or float16")
     require(same_device(t, x), f"{name}: expected a tensor on {x.device}")
-    return t[0] if len(t) else t.new_empty(x.shape)
+    return t[0] if len(t) else None
 
 
 def require(condition: bool, message: str) -> None:

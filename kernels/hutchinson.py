@@ -102,15 +102,13 @@ def hutchinson_(
     stream: int,
     gaussian: bool,
 ) -> None:
-    check(drift, divergence, x, network, product, keys, coef)
+    first = checked_product(drift, divergence, x, network, product, keys, coef)
     if x.numel() == 0:
         if divergence is not None:
             divergence.zero_()
         return
+    sizes, found = _launch.views(x.shape, drift=drift, x=x, network=network, product=first)
     count = 0 if product is None else len(product)
-    sizes, found = _launch.views(
-        x.shape, drift=drift, x=x, network=network, product=product[0] if count else None
-    )
     batch = x.shape[0]
     numel = x.numel() // batch
     on_chip = numel <= _launch.ON_CHIP
@@ -134,7 +132,7 @@ def hutchinson_(
         )  # fmt: skip
 
 
-def check(
+def checked_product(
     drift: Tensor,
     divergence: Tensor | None,
     x: Tensor,
@@ -142,7 +140,8 @@ def check(
     product: Tensor | None,
     keys: Tensor,
     coef: Tensor,
-) -> None:
+) -> Tensor | None:
+    """The first probe's product, if there is one; RuntimeError for arguments that do not fit."""
     _launch.check_state(x)
     _launch.like_state(drift, x, "drift")
     _launch.require(drift.dtype == x.dtype, "drift: expected the dtype of x")
@@ -154,8 +153,8 @@ def check(
     given = (product is None) == (divergence is None)
     _launch.require(given, "product: is given with divergence, and only then")
     if product is None or divergence is None:
-        return
-    _launch.first_of(product, x, "product")
+        return None
+    first = _launch.first_of(product, x, "product")
     apart = not _launch.share_memory(product, drift)
     _launch.require(apart, "product: shares memory with drift, which is written first")
     shape = (len(product), x.shape[0])
@@ -165,3 +164,4 @@ def check(
         ok and _launch.same_device(divergence, x),
         f"divergence: expected a contiguous float32 or float64 tensor {list(shape)} on {x.device}",
     )
+    return first

@@ -189,6 +189,22 @@ def norm_violation(case: Error, got: Tensor) -> str:
     return off("out", got, norm_formula(case, wide), norm_formula(case, own))
 
 
+def hides_nan(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> str:
+    """ "" when a NaN shows in its sample's error alone: in x, in the old state, or in a slope."""
+    case = error(shape, 3, dtype=dtype)
+    clean = norm(case, backend)
+    poisoned = {1: case.x, 2: case.registers[0], 4: case.registers[2]}
+    for b, t in poisoned.items():
+        t[b].view(-1)[b] = NAN
+    got = norm(case, backend)
+    for b in range(len(got)):
+        if b in poisoned and not got[b].isnan():
+            return f"sample {b} hides a NaN"
+        if b not in poisoned and got[b] != clean[b]:
+            return f"sample {b} differs"
+    return ""
+
+
 def norm_picked(case: Error, order: Tensor) -> Error:
     return replace(
         case, x=case.x[order], registers=case.registers[:, order], weights=case.weights[order]

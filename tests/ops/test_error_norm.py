@@ -32,14 +32,7 @@ def test_tolerances_are_exact(tolerance: tuple[float, float], backend: str) -> N
 def test_nan_is_not_hidden(backend: str, shape: tuple[int, ...]) -> None:
     """Neither in a slope nor in the states, on either side of the maximum."""
     for dtype in (torch.float32, torch.float64):
-        case = cases.error(shape, 3, dtype=dtype)
-        clean = cases.norm(case, backend)
-        case.x.view(6, -1)[1, 4] = NAN
-        case.registers[0].view(6, -1)[2, 3] = NAN
-        case.registers[2].view(6, -1)[4, 2] = -NAN
-        got = cases.norm(case, backend)
-        assert got.isnan().tolist() == [False, True, True, False, True, False]
-        assert torch.equal(got[[0, 3, 5]], clean[[0, 3, 5]])
+        assert cases.hides_nan(shape, dtype, backend) == ""
 
 
 @each_twinless

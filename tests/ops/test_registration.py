@@ -16,7 +16,7 @@ from torch import Tensor
 from sbm_fast import _load, noise
 from sbm_fast.ops import affine_step, error_norm, hutchinson, langevin_epsilon
 from sbm_fast.ops import noise as noise_ops
-from sbm_fast.ops._library import SCHEMAS, triton_missing
+from sbm_fast.ops._library import SCHEMAS, WITHOUT_TWIN, triton_missing
 
 needs_compiled = pytest.mark.skipif(not _load.COMPILED, reason=_load.REASON)
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason=triton_missing())
@@ -45,6 +45,13 @@ def test_every_op_is_registered() -> None:
     expected = {"normal_", "uniform_", "rademacher_", "words_", "keys_"}
     expected |= {"affine_step_", "langevin_epsilon_", "hutchinson_", "error_norm_"}
     assert set(SCHEMAS) == expected
+
+
+def test_every_op_takes_cuda_tensors() -> None:
+    """Those without a CUDA kernel by Triton's, whether or not others have one."""
+    assert sorted(WITHOUT_TWIN) == ["error_norm_", "hutchinson_"]
+    for name in SCHEMAS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sbm_fast::{name}", "CUDA"), name
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS))
