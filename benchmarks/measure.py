@@ -60,14 +60,14 @@ def measure(workload: Workload) -> Measurement:
     )
 
 
-def interleave(cases: Mapping[str, Case], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of every case's run, [rounds] each; one of each in a round, after two untimed ones.
+def interleave(cases: Mapping[str, Case], rounds: int, untimed: int = 2) -> dict[str, np.ndarray]:
+    """Seconds of every case's run, [rounds] each; one of each in a round, after untimed ones.
 
     Garbage is collected before every timed call, so that each pays for its own only.
     """
     seconds = {label: np.empty(rounds) for label in cases}
     with frozen_heap():
-        for number in range(-2, rounds):
+        for number in range(-untimed, rounds):
             for label, case in cases.items():
                 case.prepare()
                 gc.collect()

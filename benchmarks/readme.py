@@ -1,7 +1,7 @@
-"""README's tables, made from the records in benchmarks/results.
+"""The tables of README and docs, made from the records in benchmarks/results.
 
 python -m benchmarks.readme          prints them
-python -m benchmarks.readme --write  puts them into README.md
+python -m benchmarks.readme --write  puts them into README.md and docs/likelihood.md
 """
 
 import argparse
@@ -9,21 +9,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda_static, markdown
+from benchmarks import cuda_static, likelihood_tables, markdown
 from benchmarks.checkout import ROOT
 from benchmarks.gpu import readme as gpu
 from benchmarks.report import RECORD as CPU_RECORD
 
 README = ROOT / "README.md"
+LIKELIHOOD = ROOT / "docs" / "likelihood.md"
 
 
-def sections() -> dict[str, str]:
-    """What stands between `<!-- name: begin -->` and `<!-- name: end -->`."""
-    return {
+def sections() -> dict[Path, dict[str, str]]:
+    """By file, what stands between `<!-- name: begin -->` and `<!-- name: end -->`."""
+    of_likelihoods = likelihood_tables.sections()
+    in_readme = {
         "speed": markdown.table(_read(CPU_RECORD)),
+        "likelihood": of_likelihoods.pop("likelihood"),
         "gpu": gpu.markdown(),
         "cuda static": static_figures(_read(cuda_static.RECORD)),
     }
+    return {README: in_readme, LIKELIHOOD: of_likelihoods}
 
 
 def static_figures(record: dict[str, Any]) -> str:
@@ -50,12 +54,12 @@ def static_figures(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{note}, nvcc {nvcc}."])
 
 
-def with_section(readme: str, name: str, text: str) -> str:
-    """README's text with one section replaced; ValueError where its marks are missing."""
+def with_section(document: str, name: str, text: str) -> str:
+    """A document with one section replaced; ValueError where its marks are missing."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, mark, rest = readme.partition(begin)
+    before, mark, rest = document.partition(begin)
     if not mark or end not in rest:
-        raise ValueError(f"{README.name}: no section between {begin} and {end}")
+        raise ValueError(f"no section between {begin} and {end}")
     return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
@@ -67,13 +71,15 @@ def _read(path: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--write", action="store_true")
-    if not parser.parse_args().write:
-        print("\n\n".join(sections().values()))
-        return
-    text = README.read_text(encoding="utf-8")
-    for name, section in sections().items():
-        text = with_section(text, name, section)
-    README.write_text(text, encoding="utf-8")
+    write = parser.parse_args().write
+    for path, parts in sections().items():
+        if not write:
+            print("\n\n".join(parts.values()))
+            continue
+        text = path.read_text(encoding="utf-8")
+        for name, section in parts.items():
+            text = with_section(text, name, section)
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,26 +7,38 @@
 __version__ = "0.1.0"
 
 from sbm_fast import noise, plan
+from sbm_fast.bits import BitsResult, bits_per_dim
 from sbm_fast.doctor import doctor
+from sbm_fast.encoding import encode, interpolate
 from sbm_fast.ladder import DDPMSchedule, NCSNLadder
+from sbm_fast.likelihood import LikelihoodResult, log_likelihood
 from sbm_fast.methods import DynamicThreshold
 from sbm_fast.model import ScoreModel
 from sbm_fast.sampler import SampleInfo, Sampler, sample
 from sbm_fast.sde import EDMSDE, VESDE, VPSDE, SubVPSDE
+from sbm_fast.variational import BoundResult, variational_bound
 
 __all__ = [
     "EDMSDE",
     "VESDE",
     "VPSDE",
+    "BitsResult",
+    "BoundResult",
     "DDPMSchedule",
     "DynamicThreshold",
+    "LikelihoodResult",
     "NCSNLadder",
     "SampleInfo",
     "Sampler",
     "ScoreModel",
     "SubVPSDE",
+    "bits_per_dim",
     "doctor",
+    "encode",
+    "interpolate",
+    "log_likelihood",
     "noise",
     "plan",
     "sample",
+    "variational_bound",
 ]

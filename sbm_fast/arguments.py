@@ -84,17 +84,22 @@ def placement(
     return place, net_dtype
 
 
-def check_cuda_graph(cuda_graph: bool | str, device: torch.device, kernels: Kernels) -> bool:
-    """Whether to record graphs; ValueError or TypeError for what is unknown or can't be had here.
+def graph_asked_for(cuda_graph: object) -> bool:
+    """Whether `cuda_graph` is True; ValueError or TypeError for what is unknown.
 
-    "auto" does not until graphs have been measured on a GPU.
+    "auto" does not record graphs until they have been measured on a GPU.
     """
     expected = 'cuda_graph: expected "auto", True or False, got'
     if not isinstance(cuda_graph, (bool, str)):  # 1 and np.True_ are equal to True, but not it
         raise TypeError(f"{expected} {type(cuda_graph)}")
     if isinstance(cuda_graph, str) and cuda_graph != "auto":
         raise ValueError(f"{expected} {cuda_graph!r}")
-    if cuda_graph is not True:
+    return cuda_graph is True
+
+
+def check_cuda_graph(cuda_graph: bool | str, device: torch.device, kernels: Kernels) -> bool:
+    """Whether to record graphs; ValueError or TypeError for what is unknown or not to be had."""
+    if not graph_asked_for(cuda_graph):
         return False
     if device.type != "cuda":
         raise ValueError(f"cuda_graph: expected a run on a CUDA device, this one is on {device}")

@@ -1,8 +1,5 @@
-"""The command line: sbm-fast demo | train digits | sample | doctor."""
+"""The command line: sbm-fast demo | train digits | sample | likelihood | doctor."""
 
-import ast
-import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +8,14 @@ import click
 from torch import Tensor
 
 import sbm_fast
+from sbm_fast.cli_likelihood import likelihood
+from sbm_fast.cli_options import COUNT, checked_out, named_errors, parse_options, parse_sde
 from sbm_fast.pictures import save_grid
 from sbm_fast.sampler import SampleInfo
 
 DEMO_PICTURE = "sbm_fast_digits.png"
 DEMO_STEPS = 200
 DEMO_OPTIONS: dict[str, Any] = {"snr": 0.16}
-
-COUNT = click.IntRange(min=1)
 
 SAMPLE_SETS = {
     "model": "WEIGHTS",
@@ -35,24 +32,6 @@ SAMPLE_SETS = {
 """Arguments of `sbm_fast.sample` that the command `sample` gives, and how to set them there."""
 
 
-def _named_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """The library's own errors as one line, without a traceback."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-            raise click.ClickException(str(error)) from error
-        except (RuntimeError, MemoryError, OverflowError) as error:
-            # Torch's go on for lines of C++, and a MemoryError says nothing at all.
-            first = (str(error).strip().splitlines() or [""])[0]
-            name = type(error).__name__
-            raise click.ClickException(f"{name}: {first}" if first else name) from error
-
-    return run
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(sbm_fast.__version__, prog_name="sbm-fast")
 def main() -> None:
@@ -65,12 +44,12 @@ def main() -> None:
               help="Predictor steps.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", default=DEMO_PICTURE, show_default=True, type=click.Path(dir_okay=False))
-@_named_errors
+@named_errors
 def demo(num: int, steps: int, seed: int, out: str) -> None:
     """Samples handwritten digits by predictor-corrector and writes a PNG grid."""
     from sbm_fast.nn import shipped
 
-    _checked_out(out, ".png")
+    checked_out(out, ".png")
     net = shipped.digits()
     x, info = sbm_fast.sample(
         net,
@@ -101,7 +80,7 @@ def demo(num: int, steps: int, seed: int, out: str) -> None:
               help="An option of the method or of sample(), such as -o snr=0.1.")  # fmt: skip
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(dir_okay=False),
               help="A picture (.png) or tensors (.safetensors, .npz).")  # fmt: skip
-@_named_errors
+@named_errors
 def sample(
     weights: str | None,
     method: str,
@@ -117,12 +96,12 @@ def sample(
     """Samples from a network of this package (WEIGHTS: .safetensors; default: the digits)."""
     from sbm_fast.nn import UNet, shipped
 
-    write = _writer(_checked_out(out, ".png", ".safetensors", ".npz"))
-    extra = _parse_options(options)
+    write = _writer(checked_out(out, ".png", ".safetensors", ".npz"))
+    extra = parse_options(options, SAMPLE_SETS)
     net = UNet.load(weights) if weights else shipped.digits()
     x, info = sbm_fast.sample(
         net,
-        _parse_sde(sde_text) if sde_text else net.sde,
+        parse_sde(sde_text) if sde_text else net.sde,
         num_samples=num,
         method=method,
         steps=steps,
@@ -138,6 +117,9 @@ def sample(
     click.echo(f"samples   {out}")
 
 
+main.add_command(likelihood)
+
+
 @main.group()
 def train() -> None:
     """Trains a network."""
@@ -148,12 +130,12 @@ def train() -> None:
               type=click.Path(dir_okay=False))  # fmt: skip
 @click.option("--steps", type=COUNT, help="Optimisation steps; default: those of the shipped file.")
 @click.option("--seed", default=0, show_default=True)
-@_named_errors
+@named_errors
 def train_digits(out: str, steps: int | None, seed: int) -> None:
     """Trains the shipped network of handwritten digits by denoising score matching."""
     from sbm_fast.training import digits
 
-    _checked_out(out, ".safetensors")
+    checked_out(out, ".safetensors")
     result = digits.train_digits(out, steps=digits.STEPS if steps is None else steps, seed=seed)
     click.echo(f"held-out loss {result.held_out_loss:.4f}, weights in {out}")
 
@@ -173,58 +155,6 @@ def _report(info: SampleInfo) -> None:
     )
     click.echo(f"backend   {info.backend}")
     click.echo(f"seed      {info.seed}")
-
-
-def _parse_sde(text: str) -> object:
-    """'VESDE(0.01, sigma_max=50)' → the SDE. Only literals, nothing is executed."""
-    known = {c.__name__: c for c in
-             (sbm_fast.VESDE, sbm_fast.VPSDE, sbm_fast.SubVPSDE, sbm_fast.EDMSDE)}  # fmt: skip
-    try:
-        call = ast.parse(text.strip(), mode="eval").body
-        if isinstance(call, ast.Name):
-            return known[call.id]()
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            raise KeyError(text)
-        numbers = [ast.literal_eval(a) for a in call.args]
-        named = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        return known[call.func.id](*numbers, **named)
-    except (KeyError, SyntaxError, ValueError, TypeError) as error:
-        raise ValueError(f"--sde: expected one of {sorted(known)} with numbers in brackets, such "
-                         f"as 'VESDE(0.01, 50)', got {text!r} ({error})") from error  # fmt: skip
-
-
-def _parse_option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise ValueError(f"--option: expected NAME=VALUE, got {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
-def _parse_options(texts: tuple[str, ...]) -> dict[str, Any]:
-    options = dict(_parse_option(text) for text in texts)
-    for name in options:
-        if name in SAMPLE_SETS:
-            instead = f"; use {SAMPLE_SETS[name]}" if SAMPLE_SETS[name] else ""
-            raise ValueError(
-                f"--option: expected an option that the command does not set itself, "
-                f"got {name}{instead}"
-            )
-    return options
-
-
-def _checked_out(out: str, *endings: str) -> Path:
-    """The path, if a file of one of these endings can be there; asked before any work is done."""
-    path = Path(out)
-    if path.suffix.lower() not in endings:
-        raise ValueError(f"--out: expected a file ending in {' or '.join(endings)}, got {path}")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out: expected a file in a folder that exists, got {path}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"--out: expected a file in a folder that can be written to, got {path}")
-    return path
 
 
 def _writer(path: Path) -> Callable[[Tensor], object]:

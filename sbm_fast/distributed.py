@@ -86,9 +86,9 @@ def _over_ranks(
     dist.all_gather_object(parts, (said, _on_cpu(result)), group=group)
     if failure is not None:
         raise failure
-    for rank, (error, _) in enumerate(parts):
-        if error is not None:
-            raise RuntimeError(f"rank {rank} of {len(parts)} failed: {error}")
+    for rank, (words, _) in enumerate(parts):
+        if words is not None:
+            raise RuntimeError(f"rank {rank} of {len(parts)} failed: {words}")
     return _joined([part for _, part in parts], result)
 
 

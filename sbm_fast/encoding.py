@@ -201,7 +201,8 @@ def interpolate(
     Args:
         x_a, x_b: one sample each, without the batch.
         num: points, ends included (w = 0, 1/(num−1), …, 1).
-        cond: conditioning; the same for all points.
+        cond: conditioning, the same for all points: tensors whose first dimension is 1 are
+            repeated for each, others are given as they are.
         the others: as in `encode`.
 
     Returns: [num, …].
@@ -217,10 +218,26 @@ def interpolate(
         journey.samples(name, x[None] if isinstance(x, Tensor) else x)
     ends = journey.samples("x_a", torch.stack([x_a, x_b.to(x_a)]))
     keys, _ = journey.keys(num, 0, None, 0)  # nothing is drawn
-    latents, _ = journey.carry(ends, keys[:2], settings, cond=cond)
+    latents, _ = journey.carry(ends, keys[:2], settings, cond=_repeated(cond, 2))
     points = _great_circle(latents.u[0], latents.u[1], num)
-    solution, _ = journey.carry(points, keys, settings, cond=cond, to_prior=False)
+    solution, _ = journey.carry(points, keys, settings, cond=_repeated(cond, num), to_prior=False)
     return solution.u
+
+
+def _repeated(cond: Any, n: int) -> Any:
+    """Conditioning of one sample for n; ValueError for what would be taken apart among them."""
+    if not isinstance(cond, Mapping):
+        return cond
+    for name, v in cond.items():
+        if isinstance(v, Tensor) and v.dim() > 0 and len(v) == n:
+            raise ValueError(
+                f"cond: is the same for all points, so the first dimension of {name!r} must not be "
+                f"their number; expected 1, got {n}"
+            )
+    return {
+        name: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) and v.shape[:1] == (1,) else v
+        for name, v in cond.items()
+    }
 
 
 def _great_circle(a: Tensor, b: Tensor, num: int) -> Tensor:

@@ -13,16 +13,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sbm_fast import parameterization
 from sbm_fast.backend import Kernels
+from sbm_fast.ladder import Ladder
 from sbm_fast.model import ScoreModel
 from sbm_fast.noise import PROBE
 from sbm_fast.ops._row import per_sample
-from sbm_fast.process import SDE
-from sbm_fast.row_step import check_outputs
+from sbm_fast.process import SDE, TOLERANCE
+from sbm_fast.row_step import INPUT_CHANGED, check_outputs, checked_output
 from sbm_fast.schedule import time_grid, time_range
 from sbm_fast.stages import Instant
 
@@ -60,6 +62,11 @@ class ProbabilityFlow:
         high, low = time_range(sde, t_max, t_min, strict=True)
         if high <= low:
             raise ValueError(f"t_min: expected less than t_max = {high:g}, got {low:g}")
+        if sde.nsr(low) == 0:
+            raise ValueError(
+                f"t_min: there is no noise at t = {low:g} of {type(sde).__name__} (σ/m = 0), where "
+                "the flow has no end; expected more"
+            )
         for t in (low, high):
             model.match(sde, t)
         self.model, self.sde = model, sde
@@ -77,21 +84,39 @@ class ProbabilityFlow:
         t, m = self._own.level(nsr)
         form = parameterization.flow(self.model.predicts, m, nsr, self.model.sigma_data)
         coef = torch.stack([form.x, form.F, form.F * form.c_in], dim=-1)
-        return Instant(coef, form.c_in, self.model.labels(t, nsr))
+        # The divergence of pure signal and of pure noise differ by d; the known one is that of
+        # signal, −d r²/(σ_d² + r²).
+        known = nsr**2 / (self.model.sigma_data**2 + nsr**2)
+        return Instant(coef, form.c_in, self.model.labels(t, nsr), known)
 
     def grid(self, steps: int | None, schedule: Any, default: int) -> list[float]:
-        """λ of a fixed grid from data to prior: `steps` equal steps, or those of a schedule
-        (`sbm_fast.schedule.time_grid`)."""
+        """λ of a fixed grid from data to prior: `steps` equal steps, or the times of a schedule
+        (`sbm_fast.schedule.time_grid`).
+
+        Raises: ValueError, TypeError naming schedule or steps, also for times that do not begin at
+        t_max and end at t_min.
+        """
         low, high = self.data, self.prior
+        n = default if steps is None else steps
         if schedule is None:
-            count = default if steps is None else int(steps)
-            line = torch.linspace(low.position, high.position, count + 1, dtype=torch.float64)
-            return line.tolist()
-        points = None if steps is None else steps + 1
-        if isinstance(schedule, str) and points is None:
-            points = default + 1
-        times = time_grid(self.sde, points, schedule, t_max=high.t, t_min=low.t)
-        return [math.log(self.sde.nsr(float(t))) for t in reversed(times)]
+            return np.linspace(low.position, high.position, n + 1).tolist()
+        if isinstance(schedule, str):
+            if steps is None and isinstance(self.sde, Ladder):
+                n = min(n, round(high.t - low.t))
+            times = time_grid(self.sde, n + 1, schedule, t_max=high.t, t_min=low.t)
+        else:
+            times = time_grid(self.sde, None, schedule, t_max=high.t, t_min=low.t)
+            if steps is not None and len(times) != steps + 1:
+                raise ValueError(
+                    f"schedule: steps={steps} needs {steps + 1} times, got {len(times)}"
+                )
+        if not np.allclose(times[[0, -1]], (high.t, low.t), rtol=TOLERANCE, atol=0):
+            raise ValueError(
+                f"schedule: expected times from t_max = {high.t:g} to t_min = {low.t:g}, got "
+                f"{times[0]:g} to {times[-1]:g}"
+            )
+        inner = [math.log(self.sde.nsr(float(t))) for t in times[-2:0:-1]]
+        return [low.position, *inner, high.position]
 
     def time_of(self, position: float) -> float:
         """t of the SDE at λ."""
@@ -124,6 +149,7 @@ class FlowSystem:
         self.unscaled = flow.model.predicts == "edm"
         self._divergence = divergence
         self.columns = 0 if divergence is None else divergence.columns
+        self.integrals_steer = divergence is not None and divergence.kind == "exact"
         self._label_dtype = torch.float64 if net_dtype == torch.float64 else torch.float32
         self._all = _Samples(keys, dict(cond or {}), dict(flow.model.null_cond or {}), guidance)
         self._now = self._all
@@ -141,11 +167,14 @@ class FlowSystem:
         self, at: Instant, u: Tensor, inputs: Tensor, out: Tensor, integrals: bool
     ) -> Tensor | None:
         """See `System.slope`: du/dλ, and its divergence where `integrals`."""
-        network, keys = self._network(at.label.to(self._label_dtype)), self._now.keys
+        label, keys = at.label.to(self._label_dtype), self._now.keys
+        network = self._network(label)
         if integrals and self._divergence is not None:
             return self._divergence.slope(network, inputs, u, keys, at.coef, out)
-        begin = time.perf_counter()
+        begin, versions = time.perf_counter(), (inputs._version, label._version)
         f = network(inputs)
+        if (inputs._version, label._version) != versions:
+            raise ValueError(INPUT_CHANGED)
         self.seconds_network += time.perf_counter() - begin
         self._kernels.hutchinson_(out, None, u, f, None, keys, at.coef, 0, PROBE, False)
         return None
@@ -158,7 +187,7 @@ class FlowSystem:
             if now.guidance is not None:
                 outputs.append(model.net(inputs, label, **now.null_cond))
             if model.variance is not None:
-                outputs = [out.narrow(1, 0, inputs.shape[1]) for out in outputs]
+                outputs = [_prediction(out, inputs) for out in outputs]
             check_outputs(outputs, inputs, None)
             if now.guidance is None:
                 return outputs[0]
@@ -175,6 +204,17 @@ class FlowSystem:
             f"samples, first for sample {int(samples[first])} after {int(nfe[first])} evaluations "
             f"(t = {self.flow.time_of(float(t[first])):.6g})"
         )
+
+
+def _prediction(out: object, inputs: Tensor) -> Tensor:
+    """The half of a learned variance's output that predicts, else ValueError naming `model`."""
+    if inputs.dim() < 2:
+        raise ValueError(
+            "model: a learned variance doubles dimension 1 of the network's output; expected "
+            f"samples with channels, got a state of shape {tuple(inputs.shape)}"
+        )
+    batch, channels, *sizes = inputs.shape
+    return checked_output(out, inputs, (batch, 2 * channels, *sizes)).narrow(1, 0, channels)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ T_MIN = 1e-5
 """Where the density is taken by default when times end at 1, as in score_sde."""
 EXACT_UP_TO = 64
 """The largest dimension whose trace is taken exactly by default."""
+MOST_EXACT = 4096
+"""The largest whose trace is taken exactly at all: as many products an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ def log_likelihood(
         sde: the SDE whose times t_min and t_max are.
         x: data [N, …], any shape, taken as the state at t_min.
         probes: number K of probes; with two or more there is a standard error.
-        exact: the exact trace, by a product for every dimension (`probes` is not used then); None:
-            where a sample has at most 64 dimensions.
+        exact: the exact trace, by a product for every dimension (`probes` is not used then), up to
+            4096 of them; None: where a sample has at most 64.
         estimator: "hutchinson", or "xtrace" (Epperly et al. 2024), whose K products (even, ≥ 4) go
             to K/2 vectors and to the range they span.
         gaussian: normal probes instead of signs ±1, which have the smaller variance.
@@ -157,7 +159,7 @@ def log_likelihood(
         columns=columns,
         seed=seed,
         trace=divergence.kind,
-        product=divergence.product,
+        product=divergence.products,
         backend=journey.kernels.name,
         seconds=time.perf_counter() - begin,
     )
@@ -176,6 +178,11 @@ def _divergence(
     if exact is not None and not isinstance(exact, bool):
         raise TypeError(f"exact: expected True, False or None, got {exact!r}")
     count("first_probe", first_probe, least=0)
+    if exact and dimension > MOST_EXACT:
+        raise ValueError(
+            f"exact: a sample has {dimension} dimensions, as many products an evaluation as the "
+            f"exact trace takes; expected at most {MOST_EXACT}, or exact=False with probes"
+        )
     if exact is None:
         exact = dimension <= EXACT_UP_TO and estimator == "hutchinson"
     return Divergence(
@@ -185,14 +192,13 @@ def _divergence(
         product=product,
         first_draw=first_probe,
         kernels=journey.kernels,
-        dtype=journey.dtype,
     )
 
 
 def _stderr(columns: Tensor, trace: str) -> Tensor:
     count = len(columns)
     if trace == "exact":
-        return torch.where(columns[0].isnan(), torch.nan, 0.0)
+        return 0.0 * columns[0]  # NaN where the sample did not finish
     if count < 2:
         return torch.full_like(columns[0], torch.nan)
     return columns.std(dim=0, correction=1) / math.sqrt(count)
@@ -221,6 +227,6 @@ def _log_prior(prior: Any, std: float) -> Callable[[Tensor], Tensor]:
 
 def normal_log_density(x: Tensor, std: float) -> Tensor:
     """log N(x; 0, std² I) per sample, float64 [N]."""
-    flat = x.reshape(len(x), -1).double() / std
-    dimension = flat.shape[1]
+    dimension = math.prod(x.shape[1:])
+    flat = x.reshape(len(x), dimension).double() / std
     return -0.5 * (flat**2).sum(1) - dimension * (math.log(std) + 0.5 * math.log(2 * math.pi))

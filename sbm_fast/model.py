@@ -191,8 +191,8 @@ class ScoreModel:
         """What the network gets as its time at times t of its own SDE, where σ/m is nsr.
 
         Args:
-            t, nsr: float64 [n], arrays or tensors; tensors stay on their device, but for a `time`
-                that is a function: the host calls it.
+            t, nsr: float64 of one shape, arrays or tensors; tensors stay on their device, but for a
+                `time` that is a function: the host calls it, with all of them in one dimension.
 
         Raises: ValueError naming ``time`` when a function gives anything but n finite numbers.
         """
@@ -209,12 +209,12 @@ class ScoreModel:
 
     def _own_labels(self, t: Any) -> Any:
         xp = namespace(t)
-        times = t if xp is np else t.cpu().numpy()
+        times = (t if xp is np else t.cpu().numpy()).reshape(-1)
         labels = np.asarray(self.time(times), dtype=np.float64)  # type: ignore[operator]
         if labels.size != times.size or not np.isfinite(labels).all():
-            at = ", ".join(f"{t:g}" for t in times.flat[:3]) + (", …" if times.size > 3 else "")
+            at = ", ".join(f"{t:g}" for t in times[:3]) + (", …" if times.size > 3 else "")
             raise ValueError(f"time: expected one finite label each at t = {at}, got {labels!r}")
-        labels = labels.reshape(times.shape)
+        labels = labels.reshape(t.shape)
         return labels if xp is np else xp.as_tensor(labels, device=t.device)
 
 

@@ -9,6 +9,7 @@ places go to samples that wait, and when none waits they are closed up.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from sbm_fast.backend import Kernels
 from sbm_fast.ops._row import per_sample
 from sbm_fast.runge_kutta import Tableau
-from sbm_fast.stages import Pool, Stages, System
+from sbm_fast.stages import Growth, Pool, Stages, System
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
 FIRST_STEP = 0.01
@@ -80,26 +81,34 @@ def solve_fixed(
         for samples in torch.arange(len(u), device=u.device).split(batch):
             system.select(samples)
             pool = Pool.of(system, u, samples, grid[0], 0.0, tableau.stages)
+            pool.nfe.fill_(int(tableau.first_same_as_last))
+            good = pool.active
             for i, (t, t_next) in enumerate(itertools.pairwise(grid)):
-                pool.t.fill_(t)
+                # Where a sample is lost, its time and count stay those of that step.
+                pool.t.copy_(torch.where(good, t, pool.t))
+                pool.nfe.add_(good * stages.evaluations)
                 if i == 0 or not tableau.first_same_as_last:
                     stages.begin(pool)
                 pool.h.fill_(t_next - t)
-                growth, last = stages.step(pool, pool.h)
-                pool.integrals.add_(growth)
+                growth = stages.step(pool, pool.h)
+                pool.integrals.add_(growth.integrals)
                 pool.registers[0].copy_(pool.u)
                 if tableau.first_same_as_last:
                     pool.registers[1].copy_(pool.registers[-1])
-                    pool.first.copy_(last)
-            pool.nfe.fill_((len(grid) - 1) * stages.evaluations + int(tableau.first_same_as_last))
-            good = torch.isfinite(pool.u).reshape(len(samples), -1).all(1)
-            good &= torch.isfinite(pool.integrals).all(0)
+                    pool.first.copy_(growth.last)
+                good = _finite(pool.u, pool.integrals)
             if not good.all():
                 bad = torch.nonzero(~good).flatten()
                 raise ValueError(system.not_finite(samples[bad], pool.t[bad], pool.nfe[bad]))
             solution.put(pool, torch.arange(len(samples), device=u.device), pool.active)
             bar.update(len(samples))
     return solution
+
+
+def _finite(state: Tensor, integrals: Tensor) -> Tensor:
+    """Whether both are finite, bool [B]."""
+    flat = torch.isfinite(state).reshape(len(state), math.prod(state.shape[1:]))
+    return flat.all(1) & torch.isfinite(integrals).all(0)
 
 
 @dataclass(frozen=True)
@@ -172,25 +181,41 @@ class Adaptive:
         p, limits = pool, self._limits
         left = self._end - p.t
         last_step = p.h.abs() >= left.abs()
-        h = torch.where(last_step, left, p.h)
-        growth, last = self._stages.step(p, h)
-        error = self._stages.error_norm(p, h, limits.atol, limits.rtol)
-        error = torch.where(torch.isfinite(growth).all(0), error, torch.inf)
+        # Who is done stands still, and keeps the h that says whether he was lost.
+        h = torch.where(p.active, torch.where(last_step, left, p.h), 0.0)
+        growth = self._stages.step(p, h)
+        error = self._error(p, h, growth)
         accepted = p.active & (error <= 1)
 
         wide = per_sample(accepted, p.u)
         p.registers[0].copy_(torch.where(wide, p.u, p.registers[0]))
         p.registers[1].copy_(torch.where(wide, p.registers[-1], p.registers[1]))
-        p.first.copy_(torch.where(accepted, last, p.first))
-        p.integrals.add_(torch.where(accepted, growth, 0.0))
+        p.first.copy_(torch.where(accepted, growth.last, p.first))
+        p.integrals.add_(torch.where(accepted, growth.integrals, 0.0))
         p.t.copy_(torch.where(accepted, torch.where(last_step, self._end, p.t + h), p.t))
         p.nfe.add_(p.active * self._stages.evaluations)
 
-        lost = ~accepted & ~torch.isfinite(error) & (h.abs() <= LOST * self._span)
-        p.h.copy_(torch.where(lost, torch.nan, h * self._factor(error, p.error, accepted)))
+        lost = p.active & ~torch.isfinite(error) & (h.abs() <= LOST * self._span)
+        following = torch.where(p.active, h * self._factor(error, p.error, accepted), p.h)
+        p.h.copy_(torch.where(lost, torch.nan, following))
         p.error.copy_(torch.where(accepted, error.clamp_min(1e-4), p.error))
         spent = p.nfe + self._stages.evaluations > limits.max_nfe
         p.active.logical_and_(~(accepted & last_step) & ~spent & ~lost)
+
+    def _error(self, pool: Pool, h: Tensor, growth: Growth) -> Tensor:
+        """The error norm of a step, float64 [B]; not finite where the step can't be used.
+
+        The root mean square over the components of u and, where there are integrals, one more: the
+        error of what steers for them over atol + rtol d, because integrals are sums over the d
+        components.
+        """
+        limits, d = self._limits, math.prod(pool.u.shape[1:])
+        error = self._stages.error_norm(pool, h, limits.atol, limits.rtol)
+        if self._system.columns == 0:
+            return error
+        along = growth.error / (limits.atol + limits.rtol * d)
+        error = torch.sqrt((d * error**2 + along**2) / (d + 1))
+        return torch.where(torch.isfinite(growth.integrals).all(0), error, torch.inf)
 
     def _factor(self, error: Tensor, before: Tensor, accepted: Tensor) -> Tensor:
         p = self._tableau.order
@@ -229,6 +254,43 @@ class Adaptive:
         return pool
 
 
+class _Slope:
+    """The slopes of a batch as torchdiffeq asks for them."""
+
+    def __init__(
+        self, system: System, samples: Tensor, interval: tuple[float, float], max_nfe: int
+    ) -> None:
+        self._system, self._samples, self._max_nfe = system, samples, max_nfe
+        # It looks beyond the end, in search of its first step as far as it likes.
+        span = abs(interval[1] - interval[0])
+        self._reach = min(interval) - span, max(interval) + span
+        self._t = torch.empty(0)
+        self.calls = 0
+
+    def __call__(self, t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.calls == self._max_nfe:
+            raise ValueError(
+                f"max_nfe: torchdiffeq needs more than {self._max_nfe} evaluations, and has no "
+                "state to give before the end"
+            )
+        self.calls += 1
+        now, out = y[0], torch.empty_like(y[0])
+        self._t = t.double().clamp(*self._reach).expand(len(now))
+        at = self._system.at(self._t)
+        inputs = (per_sample(at.c_in, now) * now).to(self._system.net_dtype)
+        growth = self._system.slope(at, now, inputs, out, self._system.columns > 0)
+        integrands = torch.zeros_like(y[1]) if growth is None else growth.to(now.dtype)
+        self.check(out, integrands)  # no step of torchdiffeq comes back from what is not finite
+        return out, integrands
+
+    def check(self, state: Tensor, integrals: Tensor) -> None:
+        """ValueError with the system's message unless both are finite."""
+        bad = torch.nonzero(~_finite(state, integrals)).flatten()
+        if len(bad):
+            nfe = torch.full_like(bad, self.calls)
+            raise ValueError(self._system.not_finite(self._samples[bad], self._t[bad], nfe))
+
+
 def solve_torchdiffeq(
     system: System,
     u: Tensor,
@@ -242,7 +304,8 @@ def solve_torchdiffeq(
     the samples of a batch, state and integrals in the state's dtype. For cross-checks.
 
     Raises: ModuleNotFoundError without torchdiffeq; ValueError naming `solver` for an unknown
-    method, and with the system's message where the result is not finite.
+    method or a step that underflows, naming `max_nfe` where it is not enough (nothing partial is to
+    be had), and with the system's message where the result is not finite.
     """
     try:
         from torchdiffeq import odeint
@@ -254,26 +317,17 @@ def solve_torchdiffeq(
     times = torch.tensor(interval, dtype=torch.float64, device=u.device)
     for samples in torch.arange(len(u), device=u.device).split(max(1, batch_size or len(u))):
         system.select(samples)
-        state, calls = u[samples], 0
-
-        def slope(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            nonlocal calls
-            calls += 1
-            now, out = y[0], torch.empty_like(y[0])
-            at = system.at(t.double().expand(len(now)))
-            inputs = (per_sample(at.c_in, now) * now).to(system.net_dtype)
-            growth = system.slope(at, now, inputs, out, system.columns > 0)
-            return out, torch.zeros_like(y[1]) if growth is None else growth.to(now.dtype)
-
-        start = (state, state.new_zeros(system.columns, len(state)))
+        slope = _Slope(system, samples, interval, tolerance.max_nfe)
+        start = (u[samples], u.new_zeros(system.columns, len(samples)))
         try:
             end, growth = odeint(
                 slope, start, times, method=method, rtol=tolerance.rtol, atol=tolerance.atol
             )
-        except ValueError as error:
-            if "Invalid method" not in str(error):
+        except (ValueError, AssertionError) as error:
+            if isinstance(error, ValueError) and "Invalid method" not in str(error):
                 raise
             raise ValueError(f"solver: torchdiffeq says: {error}") from error
+        slope.check(end[-1], growth[-1])
         solution.u[samples], solution.integrals[:, samples] = end[-1], growth[-1].double()
-        solution.nfe[samples], solution.finished[samples] = calls, True
+        solution.nfe[samples], solution.finished[samples] = slope.calls, True
     return solution

@@ -84,6 +84,8 @@ DOPRI5 = Tableau(
 TABLEAUS = {tableau.name: tableau for tableau in (EULER, HEUN, RK4, DOPRI5)}
 FIXED = tuple(name for name, tableau in TABLEAUS.items() if tableau.error is None)
 """Methods without an error estimate: they need a grid."""
+ADAPTIVE = tuple(name for name in TABLEAUS if name not in FIXED)
+"""Methods that make their own steps."""
 PEER = "torchdiffeq:"
 """What the name of a method of torchdiffeq begins with."""
 
@@ -92,4 +94,4 @@ def is_adaptive(name: object) -> bool:
     """Whether a solver of that name makes its own steps."""
     if not isinstance(name, str):
         return False
-    return name.startswith(PEER) or (name in TABLEAUS and name not in FIXED)
+    return name.startswith(PEER) or name in ADAPTIVE

@@ -14,6 +14,7 @@ from sbm_fast.arguments import (
     check_cuda_graph,
     check_dtype,
     full_shape,
+    graph_asked_for,
     guidance_weights,
     initial_state,
     placement,
@@ -342,11 +343,11 @@ def sample(
         refused = {
             "steps": steps,
             "schedule": schedule,
-            "denoise": denoise or None,
+            "denoise": None if denoise is False else denoise,
             "clip_denoised": clip_denoised,
             "noise": noise,
             "compat": compat,
-            "cuda_graph": None if cuda_graph in ("auto", False) else cuda_graph,
+            "cuda_graph": graph_asked_for(cuda_graph) or None,
             "callback": callback,
         }
         return sample_adaptive(

@@ -6,8 +6,9 @@ H_i = k_i, with coefficients that are made on the device from each sample's own 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Protocol
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,15 +24,16 @@ class Instant:
     """What depends on time alone, at times t [..., B]: all float64.
 
     coef [..., B, 3]: (p, q, r) of `hutchinson_`. c_in, label [..., B]: the network is fed c_in·u
-    and the label.
+    and the label. steering [..., B]: see `System.integrals_steer`.
     """
 
     coef: Tensor
     c_in: Tensor
     label: Tensor
+    steering: Tensor
 
     def __getitem__(self, index: int) -> Instant:
-        return Instant(self.coef[index], self.c_in[index], self.label[index])
+        return Instant(self.coef[index], self.c_in[index], self.label[index], self.steering[index])
 
 
 class System(Protocol):
@@ -43,6 +45,10 @@ class System(Protocol):
     """Of `inputs`."""
     unscaled: bool
     """Whether c_in is 1 throughout, so that `inputs` may be u itself."""
+    integrals_steer: bool
+    """Whether the integral is one more component of the error norm. One that depends on chance
+    must not be, or u would depend on it too; then `Instant.steering` stands in: for each component
+    of u an integrand of the same size and smoothness that is known."""
 
     def select(self, samples: Tensor) -> None:
         """The samples, int64 [B] numbers among the N, that the next slopes are for."""
@@ -111,8 +117,8 @@ class Pool:
 
     def keep(self, which: Tensor) -> Pool:
         """The samples at these places alone."""
-        return Pool(**{name: v.index_select(axis, which) for name, v, axis in self._held()},
-                    **({"inputs": None} if self.inputs is None else {}))  # fmt: skip
+        kept = {name: v.index_select(axis, which) for name, v, axis in self._held()}
+        return replace(self, **kept)
 
     def put(self, which: Tensor, other: Pool) -> None:
         """Another pool's samples at these places."""
@@ -125,20 +131,33 @@ class Pool:
         return [(name, v, int(name in wide)) for name, v in held if v is not None]
 
 
+@dataclass(frozen=True)
+class Growth:
+    """What the integrals grow by in a step [Q, B], the error of that [B] where there are any, and
+    the integrands of the last stage [Q, B]."""
+
+    integrals: Tensor
+    error: Tensor
+    last: Tensor
+
+
 class Stages:
     """The stages of a Runge–Kutta method, as rows of the affine step."""
 
     def __init__(self, system: System, tableau: Tableau, kernels: Kernels, u: Tensor) -> None:
         self.system, self.tableau, self.kernels = system, tableau, kernels
-        device, self._dtype = u.device, u.dtype
-        wide = {"dtype": torch.float64, "device": device}
+        device, self._dtype, self._size = u.device, u.dtype, math.prod(u.shape[1:])
+        wide: Any = {"dtype": torch.float64, "device": device}
         self._weights = torch.tensor(tableau.combinations, **wide)  # [M, s]
-        self._nodes = torch.tensor(tableau.nodes, **wide)[:, None]
+        self._nodes = torch.tensor((0.0, *tableau.nodes), **wide)[:, None]
+        self._error = torch.tensor((0.0, *(tableau.error or ())), **wide)
         self._lanes = 2 * (H0 + 1 + tableau.stages) + len(TAIL_LANES)
         self._c_in = 2 * (H0 + 1 + tableau.stages) + TAIL_LANES.index("c_in_next")
+        self._e = tableau.error or (0.0,) * tableau.stages
         last = tableau.stages if tableau.first_same_as_last else 0
         # Which integrands count: those with a weight, and what becomes the next step's first.
-        self._wanted = [bool(b) or j == last for j, b in enumerate(tableau.b, start=1)]
+        weights = zip(tableau.b, self._e, strict=True)
+        self._wanted = [any(both) or j == last for j, both in enumerate(weights, start=1)]
 
     @property
     def evaluations(self) -> int:
@@ -154,18 +173,15 @@ class Stages:
         if first is not None:
             pool.first.copy_(first)
 
-    def step(self, pool: Pool, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The stages of a step of h [B] from k_1 on: u becomes u'.
-
-        Returns: what the integrals grow by, and the integrands of the last stage, [Q, B] each.
-        """
+    def step(self, pool: Pool, h: Tensor) -> Growth:
+        """The stages of a step of h [B] from k_1 on: u becomes u'."""
         at = self.system.at(pool.t + self._nodes * h)
-        coef, field = self._table(at.c_in, h)
-        batch, b = len(h), self.tableau.b
-        total = b[0] * pool.first
+        coef, field = self._table(at.c_in[1:], h)
+        batch, b, e = len(h), self.tableau.b, self._e
+        total, last = b[0] * pool.first, pool.first
+        error = e[0] * self._steering(at[0], pool.first)
         row = torch.arange(batch, dtype=torch.int32, device=h.device)
-        last = pool.first
-        for m in range(len(self._nodes)):
+        for m in range(len(self.tableau.nodes)):
             here = torch.where(pool.active, row + m * batch, -1)
             self.kernels.affine_step_(
                 pool.u, None, None, None, pool.registers, pool.samples, here, coef, field, None,
@@ -174,17 +190,20 @@ class Stages:
             stage = m + 2
             if stage > self.tableau.stages:
                 break
-            slope = self._slope(pool, at[m], stage)
+            slope = self._slope(pool, at[m + 1], stage)
             if slope is not None:
                 total, last = total + b[stage - 1] * slope, slope
-        return h * total, last
+                error = error + e[stage - 1] * self._steering(at[m + 1], slope)
+        return Growth(h * total, h * error, last)
+
+    def _steering(self, at: Instant, integrands: Tensor) -> Tensor:
+        return integrands.mean(0) if self.system.integrals_steer else self._size * at.steering
 
     def error_norm(self, pool: Pool, h: Tensor, atol: float, rtol: float) -> Tensor:
         """√ mean (e/(atol + rtol max(|u_0|, |u'|)))² of every sample, float64 [B]."""
-        assert self.tableau.error is not None
         out = torch.empty_like(h, dtype=self._dtype)
-        e = h.new_tensor((0.0, *self.tableau.error))
-        self.kernels.error_norm_(out, pool.u, pool.registers, h[:, None] * e, atol, rtol)
+        weights = h[:, None] * self._error
+        self.kernels.error_norm_(out, pool.u, pool.registers, weights, atol, rtol)
         return out.double()
 
     def _slope(self, pool: Pool, at: Instant, stage: int) -> Tensor | None:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from sbm_fast import noise
 from sbm_fast.arguments import check_dtype, placement
+from sbm_fast.bits import mean_and_error
 from sbm_fast.dequantisation import (
     Range,
     check_levels,
@@ -82,13 +83,13 @@ class BoundResult:
     @property
     def mean(self) -> float:
         """Mean over the samples."""
-        return float(self.bits_per_dim.mean())
+        return mean_and_error(self.bits_per_dim)[0]
 
     @property
     def mean_stderr(self) -> float:
-        """Standard error of `mean` over samples and their draws together; NaN for one sample."""
-        n = len(self.bits_per_dim)
-        return float(self.bits_per_dim.std() / math.sqrt(n)) if n > 1 else math.nan
+        """Standard error of `mean` by the spread between samples, which holds that of the draws;
+        NaN for one sample."""
+        return mean_and_error(self.bits_per_dim)[1]
 
 
 def variational_bound(

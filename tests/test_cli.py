@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import sbm_fast
 from sbm_fast import cli
+from sbm_fast.cli_options import parse_sde
 from sbm_fast.nn import UNet
 
 
@@ -70,8 +71,10 @@ def test_sample(name: str) -> None:
 
 
 def test_sde_is_parsed() -> None:
-    assert repr(cli._parse_sde("VESDE(0.02, sigma_max=5)")) == repr(sbm_fast.VESDE(0.02, 5))
-    assert repr(cli._parse_sde(" VPSDE ")) == repr(sbm_fast.VPSDE())
+    assert repr(parse_sde("VESDE(0.02, sigma_max=5)")) == repr(sbm_fast.VESDE(0.02, 5))
+    assert repr(parse_sde(" VPSDE ")) == repr(sbm_fast.VPSDE())
+    assert parse_sde("DDPMSchedule.linear(20)") == sbm_fast.DDPMSchedule.linear(20)
+    assert parse_sde("DDPMSchedule.cosine(levels=20)") == sbm_fast.DDPMSchedule.cosine(20)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,9 @@ def test_sde_is_parsed() -> None:
         "VESDE(*[1, 2])",
         "VESDE(**{})",
         "VESDE(0.01, 50).sigma_max",
+        "VESDE(0.01, 50).sigma_max()",
+        "DDPMSchedule.__class__()",
+        "DDPMSchedule(1)",
         "HisSDE()",
         "VESDE(",
         "",
@@ -89,7 +95,7 @@ def test_sde_is_parsed() -> None:
 )
 def test_sde_executes_nothing(text: str) -> None:
     with pytest.raises(ValueError, match=r"^--sde: expected one of"):
-        cli._parse_sde(text)
+        parse_sde(text)
 
 
 def test_a_bad_sde_is_one_line() -> None:

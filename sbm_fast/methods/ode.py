@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sbm_fast.methods.setup import Setup, choice
-from sbm_fast.runge_kutta import is_adaptive
+from sbm_fast.runge_kutta import ADAPTIVE, is_adaptive
 
 if TYPE_CHECKING:
     from sbm_fast.methods.builder import Evaluation, Lin, PlanBuilder
@@ -44,7 +44,7 @@ def ode(
             f"solver: {solver!r} makes its own steps, so it has no plan; expected one of {SOLVERS} "
             "here, or sbm_fast.sample(…), which runs it without"
         )
-    solver = choice("solver", solver, SOLVERS)
+    solver = choice("solver", solver, (*SOLVERS, *ADAPTIVE))
     denoise = run.denoise_mode(False, "tweedie", False)
     times = run.times(steps, schedule, default=50, ends=True).tolist()
     b = run.builder(times[0])
