@@ -157,7 +157,7 @@ def flow(predicts: str, m: Any, nsr: Any, sigma_data: float = 0.5) -> Flow:
     if predicts == "x0":
         return Flow(c * c, -c / sigma_data, c_in)
     n2 = 1 + nsr**2
-    return Flow(s * s * (sigma_data**2 - 1) / n2, s / xp.sqrt(n2), c_in)
+    return Flow(s * s * (sigma_data - 1) * (sigma_data + 1) / n2, s / xp.sqrt(n2), c_in)
 
 
 def check_prediction(predicts: object) -> str:

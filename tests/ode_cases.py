@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sbm_fast.backend import choose_backend
 from sbm_fast.ode import Adaptive, Solution, Tolerance, solve_fixed
@@ -128,3 +129,16 @@ def adaptive(system: Any, u: Tensor, end: float, tol: float = 1e-6, **more: Any)
 def order(errors: list[float]) -> float:
     """The order that errors at h, h/2, h/4, … show."""
     return math.log2(errors[-2] / errors[-1])
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where the host reads a value from the device."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.name()
+        reads = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+        if any(read in name for read in reads) or name == "aten::equal":
+            raise AssertionError(f"{name} is a read by the host")
+        return func(*args, **(kwargs or {}))
