@@ -150,17 +150,11 @@ void error_norm(const Tensor& out, const Tensor& x, const Tensor& registers, con
   a.batch = samples(x, "x");
   a.numel = numel_of_sample(x);
   a.x = view(home, x, 0, "x");
-  const TensorView first = view_of_first(registers, x, "registers");
-  STD_TORCH_CHECK(first.dtype == a.x.dtype, "registers: expected the dtype of x");
-  STD_TORCH_CHECK(registers.size(0) >= 1 && registers.size(0) <= sbm::kMaxStages,
-                  "registers: expected 1 to ", sbm::kMaxStages, " of them, got ",
-                  registers.size(0));
-  a.stages = int(registers.size(0));
-  for (int k = 0; k < a.stages; ++k) {
-    a.registers[k] = first;
-    a.registers[k].data =
-        static_cast<char*>(first.data) + k * registers.stride(0) * int64_t(sizeof(S));
-  }
+  a.registers = view_of_first(registers, x, "registers");
+  a.stages = registers.size(0);
+  a.register_step = registers.stride(0) * int64_t(sizeof(S));
+  STD_TORCH_CHECK(a.registers.dtype == a.x.dtype, "registers: expected the dtype of x");
+  STD_TORCH_CHECK(a.stages >= 1, "registers: expected the state before the step first, got none");
   a.weights = table(weights, a.batch, a.stages, "weights", a.weight_stride);
   a.atol = S(atol), a.rtol = S(rtol);
   sbm::error_norm_cpu(a, vector<S>(home, out, a.batch, state_dtype<S>(), "out"));

@@ -1,5 +1,6 @@
 #include "hutchinson.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "row.h"
@@ -22,6 +23,10 @@ void hutchinson_cpu(const HutchinsonArgs& args, A* divergence) {
   static thread_local std::vector<A> kept;
   const Tiling tiling(args.batch, args.numel);
   const int64_t tiles = tiling.per_sample, sums = args.probes * args.batch;
+  if (args.numel == 0) {
+    std::fill_n(divergence, sums, A(0));
+    return;
+  }
   // Where a tile holds a sample, its sum waits in the result's own place.
   A* partial = divergence;
   if (tiles > 1) {
@@ -36,16 +41,14 @@ void hutchinson_cpu(const HutchinsonArgs& args, A* divergence) {
       },
       1 + args.probes);
 
-  for (int64_t i = 0; i < sums; ++i) {
-    const int64_t b = i % args.batch;
-    if (args.numel == 0) {
-      divergence[i] = A(0);
-      continue;
-    }
-    const A* const own = partial + i * tiles;
-    const double sum = double(tree_sum<A>(tiles, [&](int64_t tile) { return own[tile]; }));
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const double scale = args.coefficient(b, 2);
     const double trivial = args.coefficient(b, 0) * double(args.numel);
-    divergence[i] = A(fused(args.coefficient(b, 2), sum, trivial));
+    for (int64_t i = b; i < sums; i += args.batch) {
+      const A* const own = partial + i * tiles;
+      const A sum = tree_sum<A>(tiles, [&](int64_t tile) { return own[tile]; });
+      divergence[i] = A(fused(scale, double(sum), trivial));
+    }
   }
 }
 

@@ -13,24 +13,36 @@ SBM_HD S larger(S a, S b) {
   return u > v || u != u ? u : v;
 }
 
+// e of the tile, sample behind sample.
+template <class S>
+void step_error(const ErrorNormArgs<S>& a, const Tile& t, S* e) {
+  Buffer<S> gathered;
+  for (int64_t i = 0; i < t.samples * t.count; ++i) e[i] = S(0);
+  for (int64_t k = 1; k < a.stages; ++k) {
+    const S* const v = read(a.stage(k), t, gathered.v);
+    for (int64_t s = 0; s < t.samples; ++s) {
+      const S weight = a.weight(t.sample + s, k);
+      if (weight == S(0)) continue;  // 0·NaN is NaN
+      const int64_t begin = s * t.count, end = begin + t.count;
+      SBM_IVDEP
+      for (int64_t i = begin; i < end; ++i) e[i] = fused(weight, v[i], e[i]);
+    }
+  }
+}
+
 // Σ (e/tolerance)² of every sample of the tile.
 template <class S>
 void error_squares(const ErrorNormArgs<S>& a, const Tile& t, S* sums) {
-  Buffer<S> state, error, gathered[kMaxStages];
-  const S *const x = read(a.x, t, state.v), *registers[kMaxStages];
-  for (int k = 0; k < a.stages; ++k) registers[k] = read(a.registers[k], t, gathered[k].v);
+  Buffer<S> before, after, error;
+  const S* const u0 = read(a.registers, t, before.v);
+  const S* const u1 = read(a.x, t, after.v);
+  step_error(a, t, error.v);
   const S atol = a.atol, rtol = a.rtol;
   for (int64_t s = 0; s < t.samples; ++s) {
-    const int64_t at = s * t.count;
-    Terms<S> terms;
-    for (int k = 1; k < a.stages; ++k) {
-      const Split<S> weight = split<S>(a.weight(t.sample + s, k));
-      terms.add(registers[k] + at, weight.hi, weight.lo);
-    }
-    sum_terms(terms, error.v, t.count);
-    const S *const u0 = registers[0] + at, *const u1 = x + at;
+    const S *const from = u0 + s * t.count, *const to = u1 + s * t.count;
+    const S* const e = error.v + s * t.count;
     sums[s] = tile_sum<S>(t.count, [&](int64_t i) {
-      const S ratio = error.v[i] / fused(rtol, larger(u0[i], u1[i]), atol);
+      const S ratio = e[i] / fused(rtol, larger(from[i], to[i]), atol);
       return ratio * ratio;
     });
   }

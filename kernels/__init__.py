@@ -12,6 +12,8 @@ from collections.abc import Callable
 OPS = {
     "affine_step_": "affine_step",
     "langevin_epsilon_": "langevin_epsilon",
+    "hutchinson_": "hutchinson",
+    "error_norm_": "error_norm",
     "normal_": "noise",
     "uniform_": "noise",
     "rademacher_": "noise",

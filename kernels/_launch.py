@@ -3,6 +3,7 @@
 Errors are RuntimeErrors with the words of the compiled ops (csrc/bindings_*).
 """
 
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # What is read one value at a time: neither its alignment nor a value of 1 makes another kernel.
 UNSPECIALISED = (
     "keys", "row", "coef", "field", "guidance", "epsilon", "net_time", "first_bad", "draw",
-    "stream", "tiles", "batch", "rows", "row_stride",
+    "stream", "tiles", "batch", "rows", "row_stride", "sample_step", "column_step",
 )  # fmt: skip
 ARITHMETIC = {"enable_fp_fusion": False}  # a·b + c rounds twice unless a kernel says tl.fma
 FIELDS, TAIL, H0, MAX_REGISTERS = 4, 9, 4, 8
@@ -79,6 +80,34 @@ def views(
 def is_wide(numel: int) -> bool:
     """Whether an index inside a sample needs 64 bits."""
     return numel >= 2**31 - ON_CHIP
+
+
+def halves(value: int) -> tuple[int, int]:
+    """Low and high 32 bits, as signed integers: so every launch has the same types."""
+    low, high = value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
+
+
+def halves_of_float(value: float) -> tuple[int, int]:
+    """The bits of a float64: Triton would make a float32 of it."""
+    return halves(int.from_bytes(struct.pack("<d", value), "little"))
+
+
+def table(t: Tensor, like: Tensor, columns: int, name: str) -> Tensor:
+    """A float64 tensor [samples, columns] on the device of `like`."""
+    shape = (like.shape[0], columns)
+    ok = t.dtype == torch.float64 and t.shape == shape and same_device(t, like)
+    require(ok, f"{name}: expected a float64 tensor {list(shape)} on {like.device}")
+    return t
+
+
+def first_of(t: Tensor, x: Tensor, name: str) -> Tensor | None:
+    """The first of the tensors of x's shape that stand behind one another in t, if any does."""
+    ok = t.dim() == x.dim() + 1 and t.shape[1:] == x.shape
+    require(ok, f"{name}: expected [count, *x.shape]")
+    require(t.dtype in FLOATS, f"{name}: expected float32, float64, bfloat16 or float16")
+    require(same_device(t, x), f"{name}: expected a tensor on {x.device}")
+    return t[0] if len(t) else None
 
 
 def require(condition: bool, message: str) -> None:
@@ -154,17 +183,21 @@ def check_alias(f: Tensor | None, to: Tensor | None, name: str, what: str) -> No
 
     The step writes `to` while it reads F, each in its own order of memory.
     """
-    if f is None or to is None or to.numel() == 0:
+    if f is None or to is None or not share_memory(f, to):
         return
-    if f.untyped_storage().data_ptr() != to.untyped_storage().data_ptr():
-        return
-    begin = to.data_ptr()
-    if f.data_ptr() == begin and f.dtype == to.dtype and f.stride() == to.stride():
-        return
-    last = sum((size - 1) * step for size, step in zip(to.shape, to.stride(), strict=True))
-    last_f = sum((size - 1) * step for size, step in zip(f.shape, f.stride(), strict=True))
-    end, end_f = begin + last * to.element_size(), f.data_ptr() + last_f * f.element_size()
-    require(
-        end_f < begin or f.data_ptr() > end,
-        f"{name}: is another view of {what}; return a tensor of its own",
-    )
+    same = f.data_ptr() == to.data_ptr() and f.dtype == to.dtype and f.stride() == to.stride()
+    require(same, f"{name}: is another view of {what}; return a tensor of its own")
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory that one reaches over meets that of the other."""
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+
+    def end(t: Tensor) -> int:
+        last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr() + (last + 1) * t.element_size()
+
+    return a.data_ptr() < end(b) and b.data_ptr() < end(a)

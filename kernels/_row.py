@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ._philox import normals
+from ._sum import halve, neighbours
 
 # Sources as a packed row stores them; sums take them in the order F, D, z, H_0 …, x.
 X, F, D, Z, H0 = (tl.constexpr(k) for k in range(5))
@@ -59,6 +60,13 @@ def pointers(view, at):
 def read(view, at, gate, S: tl.constexpr):
     """The tile in the state's type; zeros, unread, where the gate is shut."""
     return tl.load(pointers(view, at), mask=at[3] & gate, other=0.0).to(S)
+
+
+@triton.jit
+def opens(coefficient):
+    """The gate of what this number multiplies. By way of an integer: a scalar of floats compared
+    cannot mask a load in Triton's interpreter."""
+    return (coefficient != 0).to(tl.int32) != 0
 
 
 @triton.jit
@@ -128,34 +136,6 @@ def root(v):
 def divide(a, b):
     """IEEE quotient."""
     return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
-
-
-@triton.jit
-def halve(pairs, BLOCK: tl.constexpr):
-    """Sums of pairs [BLOCK, 2] over blocks of 1024 (or of a smaller BLOCK), as [blocks, 2].
-
-    w[i] += w[i + 512], 256, … 1: a fixed order, which one `tl.sum` over the block would not have.
-    """
-    WIDTH: tl.constexpr = min(BLOCK, 1024)
-    COUNT: tl.constexpr = BLOCK // WIDTH
-    w = pairs
-    for i in tl.static_range(1, 11):
-        if WIDTH >> i >= 1:
-            w = tl.sum(tl.reshape(w, (COUNT, 2, WIDTH >> i, 2)), axis=1)
-    return tl.reshape(w, (COUNT, 2))
-
-
-@triton.jit
-def neighbours(pairs, COUNT: tl.constexpr):
-    """The sum [2] of pairs [COUNT, 2] by the tree of neighbours, which begins with 0+1, 2+3, ….
-
-    Zeros behind the pairs are an odd tail that is passed on.
-    """
-    w = pairs
-    for i in tl.static_range(1, 11):
-        if COUNT >> i >= 1:
-            w = tl.sum(tl.reshape(w, (COUNT >> i, 2, 2)), axis=1)
-    return tl.reshape(w, (2,))
 
 
 @triton.jit

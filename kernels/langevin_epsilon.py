@@ -24,8 +24,6 @@ from ._row import (
     divide,
     form,
     guided_network,
-    halve,
-    neighbours,
     norms,
     read,
     row_noise,
@@ -34,8 +32,8 @@ from ._row import (
     step_size,
     tile_of,
 )  # fmt: skip
+from ._sum import CHUNK, halve, tree_in_place
 
-CHUNK = tl.constexpr(256)  # pairs that a tree over memory takes at a time
 HEAD = tl.constexpr(4)  # the workspace: a ticket, norms of s and z [B, 2], sums of tiles [B, T, 2]
 
 
@@ -75,24 +73,6 @@ def tile_squares(
         tl.store(sums + tl.arange(0, 2), tl.reshape(halve(squares(s, z), BLOCK), (2,)))
 
 
-@triton.jit
-def tree_in_place(pairs, count):
-    """The sum [2] of `count` pairs by the tree of neighbours; uses their memory."""
-    two = tl.arange(0, 2)
-    left = count
-    while left > 1:
-        chunks = (left + CHUNK - 1) // CHUNK
-        for c in range(chunks):
-            i = c * CHUNK + tl.arange(0, CHUNK)[:, None]
-            v = tl.load(pairs + 2 * i.to(tl.int64) + two[None, :], mask=i < left, other=0.0)
-            total = neighbours(v, CHUNK)
-            tl.debug_barrier()
-            tl.store(pairs + 2 * c + two, total)
-        tl.debug_barrier()
-        left = chunks
-    return tl.load(pairs + two)
-
-
 @triton.jit(do_not_specialize=_launch.UNSPECIALISED)
 def sample_epsilon(
     epsilon, workspace, x, network, uncond, guidance, keys, row, coef, field, noise,
@@ -118,7 +98,7 @@ def sample_epsilon(
             score_norm, noise_norm = sample_norms(s, z, BLOCK)
         else:
             sums = kept + 2 * (batch.to(tl.int64) + b * tiles)
-            score_norm, noise_norm = norms(tree_in_place(sums, tiles))
+            score_norm, noise_norm = norms(tree_in_place(sums, tiles, 2))
         if norm == BATCH_MEAN:
             tl.store(kept + 2 * b, score_norm)
             tl.store(kept + 2 * b + 1, noise_norm)
@@ -167,7 +147,7 @@ def batch_epsilon(
     tl.debug_barrier()
     if count > 0:
         n = tl.cast(count, S)
-        score_sum, noise_sum = tl.split(tree_in_place(kept, count))
+        score_sum, noise_sum = tl.split(tree_in_place(kept, count, 2))
         score_norm, noise_norm = divide(score_sum, n), divide(noise_sum, n)
         for c in range(chunks):
             b, r, together = at_batch_mean(c, row, field, batch, rows, row_stride)

@@ -73,7 +73,8 @@ def keys_(out: Tensor, seed: int, first_sample: int) -> None:
         return
     _launch.launch(
         sample_keys, triton.cdiv(len(out), KEYS_BLOCK), out,
-        out, *_halves(seed), *_halves(first_sample), len(out), BLOCK=KEYS_BLOCK, num_warps=4,
+        out, *_launch.halves(seed), *_launch.halves(first_sample), len(out),
+        BLOCK=KEYS_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
@@ -91,12 +92,6 @@ def _fill(kind: str, out: Tensor, keys: Tensor, draw: int, stream: int) -> None:
     tiles = triton.cdiv(numel, options["BLOCK"])
     _launch.launch(
         fill, batch * tiles, out,
-        found["out"], keys, _halves(draw)[0], _halves(stream)[0], numel, sizes, tiles,
+        found["out"], keys, _launch.halves(draw)[0], _launch.halves(stream)[0], numel, sizes, tiles,
         KIND=kind, WIDE=_launch.is_wide(numel), **options,
     )  # fmt: skip
-
-
-def _halves(value: int) -> tuple[int, int]:
-    """Low and high 32 bits, as signed integers: so every launch has the same types."""
-    low, high = value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF
-    return low - (low >> 31 << 32), high - (high >> 31 << 32)

@@ -66,7 +66,7 @@ def kernels_of(name: str) -> Kernels:
     if name == "triton":
         from sbm_fast import kernels
 
-        return Kernels(name, kernels.affine_step_)
+        return Kernels(name, kernels.affine_step_, kernels.hutchinson_, kernels.error_norm_)
     return Kernels(name, affine_step.affine_step_)
 
 

@@ -10,7 +10,7 @@ import torch
 
 import sbm_fast
 from sbm_fast import _load
-from sbm_fast.ops._library import cuda_compiled, triton_missing
+from sbm_fast.ops._library import WITHOUT_TWIN, cuda_compiled, triton_missing
 
 __all__ = ["Report", "backends", "doctor"]
 
@@ -38,6 +38,9 @@ class Report:
     """The first CUDA device's name; "none" without one."""
     backends: dict[str, str]
     """Each backend's reason for being off; empty for one that works."""
+    plain_on_cuda: str
+    """Why plain torch stands in on GPUs for the ops that have no CUDA kernel; empty where it does
+    not, or where no CUDA kernels were compiled."""
 
     def __str__(self) -> str:
         versions = dict(self.versions)
@@ -57,6 +60,9 @@ class Report:
         lines.append(f"GPU       {self.gpu}")
         for name, reason in self.backends.items():
             lines.append(f"backend   {name:<7} {f'off: {reason}' if reason else 'available'}")
+        if self.plain_on_cuda:
+            ops = " and ".join(sorted(WITHOUT_TWIN))
+            lines.append(f"          cuda runs {ops} on plain torch: {self.plain_on_cuda}")
         return "\n".join(lines)
 
 
@@ -125,6 +131,7 @@ def doctor() -> Report:
         threads=torch.get_num_threads(),
         gpu=torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         backends=backends(),
+        plain_on_cuda=triton_missing() if cuda_compiled() else "",
     )
 
 

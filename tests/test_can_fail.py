@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import flow_cases
 import noise_cases
 import numpy as np
 import op_cases as cases
@@ -10,12 +11,12 @@ import pytest
 import sampling_cases
 import torch
 from battery import failures
-from op_backends import BACKENDS, is_slow
+from op_backends import BACKENDS, TWINLESS, is_slow
 from torch import Tensor
 
 from sbm_fast import noise
 from sbm_fast.methods import make_plan
-from sbm_fast.ops import _philox, _row, affine_step, langevin_epsilon
+from sbm_fast.ops import _philox, _row, affine_step, error_norm, hutchinson, langevin_epsilon
 from sbm_fast.plan import Plan
 
 
@@ -116,19 +117,20 @@ def test_a_norm(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cases.violation(case, cases.run(case, "eager")) != ""
 
 
+def ungated(weights: Tensor, values: list[Tensor | None], like: Tensor) -> Tensor:
+    given = [(k, v) for k, v in enumerate(values) if v is not None]
+    return sum(
+        (_row.per_sample(weights[:, k].to(like.dtype), like) * v for k, v in given),
+        torch.zeros_like(like),
+    )
+
+
 def test_a_register_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the gate 0·NaN reaches the state."""
     case = cases.make((4, 9), [1] * 4)
     case.registers.fill_(float("nan"))
     clean = cases.run(case, "eager")["x"]
     assert clean.isfinite().all()
-
-    def ungated(weights: Tensor, values: list[Tensor | None], like: Tensor) -> Tensor:
-        given = [(k, v) for k, v in enumerate(values) if v is not None]
-        return sum(
-            (_row.per_sample(weights[:, k].to(like.dtype), like) * v for k, v in given),
-            torch.zeros_like(like),
-        )
 
     monkeypatch.setattr(affine_step, "weighted_sum", ungated)
     mixed = cases.make((10, 9))  # some rows read registers, so they are fetched for all
@@ -146,6 +148,77 @@ def test_an_integer_of_a_row(change: str) -> None:
     field = case.field.clone()
     field[row, ("slot", "stream", "draw").index(change)] += -1 if change == "slot" else 1
     check_mutation(case, replace(case, field=field), 4 * cases.NOISE_BOUND)
+
+
+FAST = [name for name in TWINLESS if not is_slow(name)]
+
+
+def check_slope(case: flow_cases.Flow, **change: object) -> None:
+    """`hutchinson_` on changed arguments must not pass as the formula on `case`."""
+    for backend in FAST:
+        assert flow_cases.violation(case, flow_cases.slope(case, backend)) == ""
+        mutated = replace(case, **change)  # type: ignore[arg-type]
+        assert flow_cases.violation(case, flow_cases.slope(mutated, backend)) != "", backend
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+@pytest.mark.parametrize("sums", [torch.float32, torch.float64])
+@pytest.mark.parametrize("change", ["p", "q", "r", "draw", "stream", "gaussian", "product"])
+def test_a_slope(change: str, sums: torch.dtype, gaussian: bool) -> None:
+    """1e-4 relative in a coefficient or in one element's product, another probe."""
+    case = flow_cases.flow((4, 33), 2, sums=sums, gaussian=gaussian)
+    assert case.product is not None
+    if change in ("p", "q", "r"):
+        coef = case.coef.clone()
+        coef[:, "pqr".index(change)] *= 1 + 1e-3 * (1 if gaussian else 0.1)
+        check_slope(case, coef=coef)
+    elif change == "product":
+        product = case.product.clone()
+        product[1, 2, 32] += 1e-2
+        check_slope(case, product=product)
+    elif change == "gaussian":
+        check_slope(case, gaussian=not gaussian)
+    else:
+        check_slope(case, **{change: getattr(case, change) + 1})
+
+
+def test_a_sum_and_a_gate_of_the_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = flow_cases.flow((4, 33), 2)
+    exact = hutchinson.sample_sum
+    monkeypatch.setattr(hutchinson, "sample_sum", lambda v: exact(v[:, :-1]))
+    assert flow_cases.violation(case, flow_cases.slope(case, "eager")) != ""
+    monkeypatch.undo()
+    case.coef[1, 1] = 0.0
+    case.network[1] = float("nan")
+    assert flow_cases.slope(case, "eager")[0].isfinite().all()
+    monkeypatch.setattr(hutchinson, "weighted_sum", ungated)
+    assert not flow_cases.slope(case, "eager")[0].isfinite().all()
+
+
+@pytest.mark.parametrize("change", ["weight", "atol", "rtol", "u0", "u1"])
+def test_an_error_norm(change: str) -> None:
+    case = flow_cases.error((4, 33), 4)
+    weights, registers = case.weights.clone(), case.registers.clone()
+    weights[:, 2] *= 1 + 1e-4
+    registers[0] *= 1 + 1e-4
+    changed = {"atol": case.atol * (1 + 1e-4), "rtol": case.rtol * (1 + 1e-4)}
+    changed |= {"weight": weights, "u0": registers, "u1": case.x * (1 + 1e-4)}
+    name = {"weight": "weights", "u0": "registers", "u1": "x"}.get(change, change)
+    mutated = replace(case, **{name: changed[change]})
+    for backend in FAST:
+        assert flow_cases.norm_violation(case, flow_cases.norm(case, backend)) == ""
+        assert flow_cases.norm_violation(case, flow_cases.norm(mutated, backend)) != "", backend
+
+
+def test_a_sum_and_a_maximum_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = flow_cases.error((4, 33), 4)
+    exact = error_norm.sample_sum
+    monkeypatch.setattr(error_norm, "sample_sum", lambda v: exact(v[:, :-1]))
+    assert flow_cases.norm_violation(case, flow_cases.norm(case, "eager")) != ""
+    monkeypatch.undo()
+    assert flow_cases.hides_nan((6, 5), torch.float32, "eager") == ""
+    monkeypatch.setattr(torch, "maximum", torch.fmax)
+    assert flow_cases.hides_nan((6, 5), torch.float32, "eager") != ""
 
 
 def moments_differ(plan: Plan, reference: Plan) -> bool:

@@ -83,8 +83,9 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self.rewrite()(*args, **kwargs)
 
 
-_patched = {"sbm_fast.kernels._philox", "sbm_fast.kernels._row"}
-_patched |= {"sbm_fast.kernels.affine_step", "sbm_fast.kernels.langevin_epsilon"}
+_of_device_functions = ("_philox", "_row", "_sum", "affine_step", "langevin_epsilon")
+_of_device_functions += ("hutchinson", "error_norm")
+_patched = {f"sbm_fast.kernels.{name}" for name in _of_device_functions}
 interpreter.InterpreterBuilder.create_fma = _create_fma
 interpreter.InterpreterBuilder.cast_impl = _cast_impl
 interpreter.InterpretedFunction.__call__ = _call

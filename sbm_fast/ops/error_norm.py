@@ -5,12 +5,13 @@
 
 Source: Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", 1993, sec. II.4.
 A NaN in e, u0 or u1 makes the sample's value NaN, and so does 0/0 where the tolerance is 0. The
-sum runs in the fixed tree of `langevin_epsilon_`; a weight 0 does not read its register: 0·NaN is NaN.
+sum runs in the fixed tree of `langevin_epsilon_`. A weight 0 does not read its register: 0·NaN is
+NaN; the others are rounded to S, as the registers are.
 
 Arguments (B samples; S the state's dtype, float32 or float64):
     out [B] S, contiguous: written; 0 for samples without elements.
     x [B, …] S: the state u1 at the end of the step. Any memory format, as for registers.
-    registers [K, B, …] S, 1 ≤ K ≤ 13: the state u0 at its beginning, then the slopes.
+    registers [K, B, …] S, K ≥ 1: the state u0 at its beginning, then the slopes.
     weights float64 [B, K]: step size times (b − b*) of every stage; column 0 is ignored.
     atol, rtol: the tolerance.
 """
@@ -19,9 +20,8 @@ import torch
 from torch import Tensor
 
 from sbm_fast.ops._library import register
-from sbm_fast.ops._row import weighted_sum
+from sbm_fast.ops._row import per_sample
 from sbm_fast.ops.langevin_epsilon import sample_sum
-from sbm_fast.plan import H0
 
 
 def reference(
@@ -31,10 +31,10 @@ def reference(
     if x.numel() == 0:
         out.zero_()
         return
-    stages = weights.shape[1] - 1
-    of_sources = weights.new_zeros(len(weights), H0 + stages)
-    of_sources[:, H0:] = weights[:, 1:]
-    error = weighted_sum(of_sources, [None] * H0 + list(registers[1:]), x)
+    error = torch.zeros_like(x)
+    for k in range(1, len(registers)):
+        weight = per_sample(weights[:, k].to(x.dtype), x)
+        error += torch.where(weight != 0, weight * registers[k], 0.0)
     tolerance = atol + rtol * torch.maximum(registers[0].abs(), x.abs())
     squares = (error / tolerance) ** 2
     out.copy_((sample_sum(squares) / x[0].numel()).sqrt())

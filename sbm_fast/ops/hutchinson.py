@@ -9,8 +9,8 @@ the influence matrix for Laplacian smoothing splines", 1990; Song et al. 2021, A
 
 Probe v_k is that of `draw + k` (modulo 2³²) of the sample's key: signs, or normals under
 `gaussian`, as `noise.rademacher` and `noise.normal` give them. It is made in the op, never stored.
-Sums run in the fixed tree of `langevin_epsilon_`, in the dtype of `divergence`. A coefficient 0 of x or F does
-not read it: 0·NaN is NaN.
+Sums run in the fixed tree of `langevin_epsilon_`, in the dtype of `divergence`. A coefficient 0 of
+x or F does not read it: 0·NaN is NaN.
 
 Arguments (B samples of d elements, K probes; S the state's dtype, float32 or float64):
     drift [B, …] S: written; x and network may be the same memory, product may not.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from sbm_fast.kernels import _launch, affine_step, langevin_epsilon, noise
+from sbm_fast.kernels import _launch, affine_step, error_norm, hutchinson, langevin_epsilon, noise
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -95,6 +95,47 @@ def row_arguments(
     return given | change
 
 
+def flow_arguments(
+    state: str = "fp32", network: str = "fp32", wide: str = "fp64", **change: Any
+) -> Specification:
+    """What launches of the probability flow's ops pass for dense tensors."""
+    f, of_state = (pointer(network), DENSE), (pointer(state), DENSE)
+    given = {
+        "drift": of_state, "divergence": pointer(wide), "sums": None, "x": of_state, "network": f,
+        "product": f, "keys": pointer("i64"), "coef": pointer("fp64"), "draw": "i32",
+        "stream": "i32", "numel": f"{ALIGNED}i32", "sizes": (1,), "tiles": "i32", "batch": "i32",
+        "sample_step": "i32", "column_step": "i32", "product_step": f"{ALIGNED}i32",
+        "out": pointer(state), "registers": of_state, "weights": pointer("fp64"),
+        "register_step": f"{ALIGNED}i32", "STAGES": 8,
+        "GAUSSIAN": False, "ON_CHIP": False, "WIDE": False, "BLOCK": 1024,
+    }  # fmt: skip
+    given |= dict.fromkeys(("atol_low", "atol_high", "rtol_low", "rtol_high"), "i32")
+    return given | change
+
+
+def flow_variants() -> dict[str, tuple[Any, Specification, int]]:
+    tiles, own = {"sums": pointer("fp64")}, {"ON_CHIP": True, "BLOCK": _launch.ON_CHIP}
+    given = flow_arguments
+    channels_last = {"product": ("*bf16", NCHW_IN_NHWC), "sizes": ("i32",)}
+    narrow = given("fp32", "fp32", "fp32", GAUSSIAN=True, sums=pointer("fp32"))
+    return {
+        "fast slope": (hutchinson.slope, given(**tiles), 4),
+        "fast slope on chip": (hutchinson.slope, given(**own), 16),
+        "slope bf16": (hutchinson.slope, given("fp32", "bf16", **tiles), 4),
+        "slope gaussian fp32": (hutchinson.slope, narrow, 4),
+        "slope fp64": (hutchinson.slope, given("fp64", "fp64", GAUSSIAN=True, **tiles), 4),
+        "slope channels_last": (hutchinson.slope, given(**tiles | channels_last), 4),
+        "slope without products": (hutchinson.slope, given(product=MISSING, divergence=None), 4),
+        "slope wide": (hutchinson.slope, given(numel="i64", WIDE=True, **tiles), 4),
+        "divergence of sums": (hutchinson.divergence_of_sums, given(**tiles), 4),
+        "fast error": (error_norm.error, given(sums=pointer("fp32")), 4),
+        "fast error on chip": (error_norm.error, given(**own), 16),
+        "error fp64": (error_norm.error, given("fp64", **tiles), 4),
+        "error on chip fp64": (error_norm.error, given("fp64", **own), 16),
+        "error of sums": (error_norm.error_of_sums, given(sums=pointer("fp32")), 4),
+    }
+
+
 def variants() -> dict[str, tuple[Any, Specification, int]]:
     """Name → kernel, launch, warps: every kernel and dtype, and every branch of their constants.
 
@@ -139,7 +180,7 @@ def variants() -> dict[str, tuple[Any, Specification, int]]:
         found[f"squares {state}"] = (langevin_epsilon.tile_squares, row(state), 4)
         found[f"epsilon on chip {state}"] = (kernel, of_epsilon | own, 16)
         found[f"epsilon of tiles {state}"] = (kernel, of_epsilon | {"COUPLED": state == "fp32"}, 4)
-    return found
+    return found | flow_variants()
 
 
 def report(arch: int, names: Sequence[str]) -> dict[str, dict[str, Any]]:

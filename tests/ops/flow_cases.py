@@ -189,7 +189,32 @@ def norm_violation(case: Error, got: Tensor) -> str:
     return off("out", got, norm_formula(case, wide), norm_formula(case, own))
 
 
+def hides_nan(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> str:
+    """ "" when a NaN shows in its sample's error alone: in x, in the old state, or in a slope."""
+    case = error(shape, 3, dtype=dtype)
+    clean = norm(case, backend)
+    poisoned = {1: case.x, 2: case.registers[0], 4: case.registers[2]}
+    for b, t in poisoned.items():
+        t[b].view(-1)[b] = NAN
+    got = norm(case, backend)
+    for b in range(len(got)):
+        if b in poisoned and not got[b].isnan():
+            return f"sample {b} hides a NaN"
+        if b not in poisoned and got[b] != clean[b]:
+            return f"sample {b} differs"
+    return ""
+
+
 def norm_picked(case: Error, order: Tensor) -> Error:
     return replace(
         case, x=case.x[order], registers=case.registers[:, order], weights=case.weights[order]
     )
+
+
+def far_apart(tensors: Tensor) -> Tensor:
+    """The same two [2, 1, d], more than 2³¹ elements apart. What lies between is never touched, so
+    that it takes no memory."""
+    count, _, d = tensors.shape
+    step = 2**31 + 64
+    memory = torch.empty((count - 1) * step + d, dtype=tensors.dtype)
+    return memory.as_strided((count, 1, d), (step, d, 1)).copy_(tensors)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import flow_cases
 import noise_cases
 import op_cases as cases
 import pytest
@@ -13,9 +14,9 @@ from op_backends import BACKENDS, call
 from torch import Tensor
 
 from sbm_fast import _load, noise
-from sbm_fast.ops import affine_step, langevin_epsilon
+from sbm_fast.ops import affine_step, error_norm, hutchinson, langevin_epsilon
 from sbm_fast.ops import noise as noise_ops
-from sbm_fast.ops._library import SCHEMAS, triton_missing
+from sbm_fast.ops._library import SCHEMAS, WITHOUT_TWIN, triton_missing
 
 needs_compiled = pytest.mark.skipif(not _load.COMPILED, reason=_load.REASON)
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason=triton_missing())
@@ -44,6 +45,13 @@ def test_every_op_is_registered() -> None:
     expected = {"normal_", "uniform_", "rademacher_", "words_", "keys_"}
     expected |= {"affine_step_", "langevin_epsilon_", "hutchinson_", "error_norm_"}
     assert set(SCHEMAS) == expected
+
+
+def test_every_op_takes_cuda_tensors() -> None:
+    """Those without a CUDA kernel by Triton's, whether or not others have one."""
+    assert sorted(WITHOUT_TWIN) == ["error_norm_", "hutchinson_"]
+    for name in SCHEMAS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sbm_fast::{name}", "CUDA"), name
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS))
@@ -83,6 +91,36 @@ def test_opcheck_epsilon() -> None:
     torch.library.opcheck(langevin_epsilon.langevin_epsilon_, first + rest)
 
 
+SLOPE = ("drift", "divergence", "x", "network", "product", "keys", "coef", "draw", "stream",
+         "gaussian")  # fmt: skip
+ERROR = ("out", "x", "registers", "weights", "atol", "rtol")
+
+
+def slope_arguments(case: flow_cases.Flow) -> dict[str, Any]:
+    given = {name: getattr(case, name) for name in SLOPE[2:]}
+    shape = None if case.product is None else (len(case.product), len(case.x))
+    divergence = None if shape is None else torch.zeros(shape, dtype=case.sums)
+    return {"drift": torch.zeros_like(case.x), "divergence": divergence} | given
+
+
+def error_arguments(case: flow_cases.Error) -> dict[str, Any]:
+    given = {name: getattr(case, name) for name in ERROR[1:]}
+    return {"out": torch.zeros(len(case.x), dtype=case.x.dtype)} | given
+
+
+@pytest.mark.parametrize("probes", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_hutchinson(dtype: torch.dtype, probes: int | None) -> None:
+    given = slope_arguments(flow_cases.flow((3, 2, 4), probes, dtype=dtype))
+    torch.library.opcheck(hutchinson.hutchinson_, tuple(given.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_error_norm(dtype: torch.dtype) -> None:
+    given = error_arguments(flow_cases.error((3, 2, 4), dtype=dtype))
+    torch.library.opcheck(error_norm.error_norm_, tuple(given.values()))
+
+
 def a_row(case: cases.Case) -> Callable[[Tensor, Tensor], Tensor]:
     arguments = step_arguments(case)
 
@@ -111,8 +149,34 @@ def test_compiles_as_a_full_graph(backend: str) -> None:
     torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_step_of_the_flow_compiles_as_a_full_graph(backend: str) -> None:
+    torch._dynamo.reset()
+    case, of_error = flow_cases.flow((5, 6), 2), flow_cases.error((5, 6), 3)
+
+    def function(x: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        given = slope_arguments(replace(case, x=x, product=2 * product))
+        OPS.hutchinson_(*(given[n] for n in SLOPE))
+        at = error_arguments(replace(of_error, x=x + 0.1 * given["drift"]))
+        OPS.error_norm_(*(at[n] for n in ERROR))
+        return given["drift"], given["divergence"] + 1, at["out"]
+
+    assert case.product is not None
+    expected = function(case.x, case.product)
+    got = torch.compile(function, fullgraph=True, backend=backend)(case.x, case.product)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
 def test_fakes_take_cuda_tensors() -> None:
     with torch._subclasses.FakeTensorMode():
+        x = torch.empty(3, 5, device="cuda")
+        registers = torch.empty(2, 3, 5, device="cuda")
+        weights = torch.empty(3, 3, dtype=torch.float64, device="cuda")
+        keys = torch.empty(3, dtype=torch.int64, device="cuda")
+        sums = torch.empty(2, 3, device="cuda")
+        OPS.hutchinson_(torch.empty_like(x), sums, x, x, registers, keys, weights, 0, 2, False)
+        OPS.error_norm_(torch.empty(3, device="cuda"), x, registers, weights, 1e-3, 1e-3)
         out = torch.empty(3, 5, device="cuda")
         OPS.normal_(out, torch.empty(3, dtype=torch.int64, device="cuda"), 0, 1)
         assert out.shape == (3, 5)
@@ -132,7 +196,11 @@ state = cases.make((20, 7), guided=True)
 got = cases.run(state, "op")
 words = torch.empty(3, 9, dtype=torch.int32)
 torch.ops.sbm_fast.words_(words, noise.keys(5, 3), 2, 1)
+import flow_cases
+drift, divergence = flow_cases.slope(flow_cases.flow((3, 7), 2), "op")
+error = flow_cases.norm(flow_cases.error((3, 7)), "op")
 print(json.dumps({"normal": out.tolist(), "x": got["x"].tolist(), "words": words.tolist(),
+                  "flow": [drift.tolist(), divergence.tolist(), error.tolist()],
                   "ops": sorted(n for n in dir(torch.ops.sbm_fast) if n.endswith("_"))}))
 """
 
@@ -146,6 +214,13 @@ def test_ops_exist_without_the_compiled_part() -> None:
     assert found["words"] == words.tolist()
     mine = cases.run(cases.make((20, 7), guided=True), "cpu" if _load.COMPILED else "eager")["x"]
     torch.testing.assert_close(torch.tensor(found["x"]), mine, rtol=2e-6, atol=1e-5)
+    backend = "cpu" if _load.COMPILED else "eager"
+    error = flow_cases.norm(flow_cases.error((3, 7)), backend)
+    slope = flow_cases.slope(flow_cases.flow((3, 7), 2), backend)
+    for got, expected in zip(found["flow"], (*slope, error), strict=True):
+        assert expected is not None
+        got = torch.tensor(got, dtype=expected.dtype)
+        torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-5)
 
 
 LONG = torch.zeros(4, dtype=torch.int64)
@@ -238,3 +313,73 @@ def test_noise_ops_name_what_is_wrong(
         call(backend, "words_", torch.zeros(4, 2), LONG, 0, 0)
     with pytest.raises(RuntimeError, match="out: "):
         call(backend, "keys_", torch.zeros(4), 0, 0)
+
+
+D = torch.float64
+BAD_SLOPE: list[tuple[str, str, dict[str, Any]]] = [
+    ("x", "float32 or float64", {"x": torch.zeros(4, 6, dtype=torch.bfloat16)}),
+    ("x", "got a scalar", {"x": torch.zeros(())}),
+    ("drift", "shape of x", {"drift": torch.zeros(4, 5)}),
+    ("drift", "dtype of x", {"drift": torch.zeros(4, 6, dtype=D)}),
+    ("network", "shape of x", {"network": torch.zeros(4, 6, 1)}),
+    ("network", "expected float32, float64", {"network": torch.zeros(4, 6, dtype=torch.int64)}),
+    ("keys", "vector of 4 samples", {"keys": LONG[:3]}),
+    ("keys", "contiguous", {"keys": torch.zeros(8, dtype=torch.int64)[::2]}),
+    ("coef", r"float64 CPU tensor \[4, 3\]", {"coef": torch.zeros(4, 3)}),
+    ("coef", r"float64 CPU tensor \[4, 3\]", {"coef": torch.zeros(3, 3, dtype=D)}),
+    ("coef", r"float64 CPU tensor \[4, 3\]", {"coef": torch.zeros(4, 2, dtype=D)}),
+    ("product", "with divergence, and only then", {"product": None}),
+    ("product", "with divergence, and only then", {"divergence": None}),
+    ("product", r"\[count, \*x.shape\]", {"product": torch.zeros(2, 4, 5)}),
+    ("product", r"\[count, \*x.shape\]", {"product": torch.zeros(4, 6)}),
+    ("product", "expected float32, float64", {"product": torch.zeros(2, 4, 6).int()}),
+    ("divergence", r"CPU tensor \[2, 4\]", {"divergence": torch.zeros(1, 4)}),
+    ("divergence", r"CPU tensor \[2, 4\]", {"divergence": torch.zeros(4, 2).T}),
+    ("divergence", r"float32 or float64", {"divergence": torch.zeros(2, 4).half()}),
+]
+BAD_ERROR: list[tuple[str, str, dict[str, Any]]] = [
+    ("x", "float32 or float64", {"x": torch.zeros(4, 6, dtype=torch.float16)}),
+    ("out", "vector of 4 samples", {"out": torch.zeros(3)}),
+    ("out", "vector of 4 samples", {"out": torch.zeros(4, dtype=D)}),
+    ("out", "contiguous", {"out": torch.zeros(8)[::2]}),
+    ("registers", r"\[count, \*x.shape\]", {"registers": torch.zeros(3, 4, 5)}),
+    ("registers", "dtype of x", {"registers": torch.zeros(3, 4, 6, dtype=D)}),
+    ("registers", "got none", {"registers": torch.zeros(0, 4, 6)}),
+    ("weights", r"float64 CPU tensor \[4, 3\]", {"weights": torch.zeros(4, 3)}),
+    ("weights", r"float64 CPU tensor \[4, 3\]", {"weights": torch.zeros(4, 2, dtype=D)}),
+]
+
+
+@either
+@pytest.mark.parametrize(("name", "message", "change"), BAD_SLOPE)
+def test_hutchinson_names_what_is_wrong(
+    name: str, message: str, change: dict[str, Any], backend: str
+) -> None:
+    given = slope_arguments(flow_cases.flow((4, 6), 2)) | change
+    message = message if backend == "cpu" else message.replace("CPU ", "")
+    with pytest.raises(RuntimeError, match=rf"{name}: .*{message}"):
+        call(backend, "hutchinson_", *(given[n] for n in SLOPE))
+
+
+@either
+@pytest.mark.parametrize(("name", "message", "change"), BAD_ERROR)
+def test_error_norm_names_what_is_wrong(
+    name: str, message: str, change: dict[str, Any], backend: str
+) -> None:
+    given = error_arguments(flow_cases.error((4, 6), 3)) | change
+    message = message if backend == "cpu" else message.replace("CPU ", "")
+    with pytest.raises(RuntimeError, match=rf"{name}: .*{message}"):
+        call(backend, "error_norm_", *(given[n] for n in ERROR))
+
+
+@either
+def test_memory_that_the_drift_would_overwrite_is_refused(backend: str) -> None:
+    given = slope_arguments(flow_cases.flow((4, 6, 6), 2))
+    memory = torch.zeros(5, 4, 6, 6)
+    views = {"x": memory[0].transpose(1, 2), "network": memory[0].transpose(1, 2)}
+    views |= {"product": memory[:2]}
+    for name, view in views.items():
+        with pytest.raises(RuntimeError, match=f"{name}: .*drift"):
+            call(backend, "hutchinson_", *(given | {"drift": memory[0], name: view}).values())
+    given |= {"drift": memory[0], "product": memory[1:3], "x": memory[3], "network": memory[4]}
+    call(backend, "hutchinson_", *given.values())
