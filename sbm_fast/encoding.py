@@ -218,9 +218,10 @@ def interpolate(
         journey.samples(name, x[None] if isinstance(x, Tensor) else x)
     ends = journey.samples("x_a", torch.stack([x_a, x_b.to(x_a)]))
     keys, _ = journey.keys(num, 0, None, 0)  # nothing is drawn
-    latents, _ = journey.carry(ends, keys[:2], settings, cond=_repeated(cond, 2))
+    of_ends, of_points = _repeated(cond, 2), _repeated(cond, num)
+    latents, _ = journey.carry(ends, keys[:2], settings, cond=of_ends)
     points = _great_circle(latents.u[0], latents.u[1], num)
-    solution, _ = journey.carry(points, keys, settings, cond=_repeated(cond, num), to_prior=False)
+    solution, _ = journey.carry(points, keys, settings, cond=of_points, to_prior=False)
     return solution.u
 
 
