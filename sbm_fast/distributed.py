@@ -56,7 +56,12 @@ def bits_per_dim(
 
 
 def encode(model: object, sde: object, x: Tensor, *, group: Any = None, **options: Any) -> Tensor:
-    """`sbm_fast.encode` shared among the ranks, as `log_likelihood`; nothing is drawn."""
+    """`sbm_fast.encode` shared among the ranks, as `log_likelihood`; nothing is drawn.
+
+    Raises: TypeError for return_info, which is each rank's own.
+    """
+    if options.get("return_info"):
+        raise TypeError("return_info: is each rank's own; expected none, or sbm_fast.encode")
     return _over_ranks(encoding.encode, model, sde, x, group, options, draws=False)
 
 

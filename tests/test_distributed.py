@@ -45,3 +45,5 @@ def test_a_rank_that_fails_does_not_leave_the_others_waiting(tmp_path: Path) -> 
 def test_without_a_process_group() -> None:
     with pytest.raises(RuntimeError, match=r"^torch\.distributed is not initialised"):
         distributed.log_likelihood(score, sbm_fast.VPSDE(), data())
+    with pytest.raises(TypeError, match=r"^return_info: "):
+        distributed.encode(score, sbm_fast.VPSDE(), data(), return_info=True)
