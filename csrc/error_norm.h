@@ -16,9 +16,8 @@ struct ErrorNormArgs {
   int64_t weight_stride[2] = {};  // to the next sample's, to the next register's
   S atol = S(0), rtol = S(0);
 
-  // Rounded once: the registers that it meets were rounded too.
-  S weight(int64_t b, int64_t k) const {
-    return S(weights[b * weight_stride[0] + k * weight_stride[1]]);
+  double weight(int64_t b, int64_t k) const {
+    return weights[b * weight_stride[0] + k * weight_stride[1]];
   }
   TensorView stage(int64_t k) const {
     TensorView v = registers;

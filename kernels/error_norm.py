@@ -46,13 +46,13 @@ def error(
     program = tl.program_id(0)
     at = tile_of(program, numel, sizes, tiles, WIDE, BLOCK)
     u0, u1 = read(registers, at, True, S), read(x, at, True, S)
-    e = tl.zeros([BLOCK], S)
+    e = tl.zeros([BLOCK], tl.float64)  # slopes nearly cancel
     for k in tl.static_range(1, STAGES):
-        weight = tl.load(weights + at[0] * sample_step + k * column_step).to(S)
+        weight = tl.load(weights + at[0] * sample_step + k * column_step)
         stage = (registers[0] + tl.cast(register_step, tl.int64) * k, registers[1])
-        e = tl.fma(weight, read(stage, at, opens(weight), S), e)
+        e = tl.fma(weight, read(stage, at, opens(weight), S).to(tl.float64), e)
     rtol, atol = float64_of(rtol_low, rtol_high).to(S), float64_of(atol_low, atol_high).to(S)
-    ratio = divide(e, tl.fma(rtol, larger(u0, u1), atol))
+    ratio = divide(e.to(S), tl.fma(rtol, larger(u0, u1), atol))
     total = sample_sum(tl.where(at[3], ratio * ratio, 0.0), BLOCK)
     if ON_CHIP:
         tl.store(out + at[0], rms(total, numel, S))

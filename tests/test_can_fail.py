@@ -210,6 +210,15 @@ def test_an_error_norm(change: str) -> None:
         assert flow_cases.norm_violation(case, flow_cases.norm(mutated, backend)) != "", backend
 
 
+def test_weights_of_the_error_in_float32() -> None:
+    """What rounding them does where slopes cancel; random slopes would not show it."""
+    case = flow_cases.smooth((5, 7))
+    rounded = replace(case, weights=case.weights.float().double())
+    for backend in FAST:
+        assert flow_cases.loses_digits(case, flow_cases.norm(case, backend)) == ""
+        assert flow_cases.loses_digits(case, flow_cases.norm(rounded, backend)) != "", backend
+
+
 def test_a_sum_and_a_maximum_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     case = flow_cases.error((4, 33), 4)
     exact = error_norm.sample_sum

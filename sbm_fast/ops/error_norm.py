@@ -6,7 +6,7 @@
 Source: Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", 1993, sec. II.4.
 A NaN in e, u0 or u1 makes the sample's value NaN, and so does 0/0 where the tolerance is 0. The
 sum runs in the fixed tree of `langevin_epsilon_`. A weight 0 does not read its register: 0·NaN is
-NaN; the others are rounded to S, as the registers are.
+NaN. e is summed in float64: slopes that are nearly equal cancel in it.
 
 Arguments (B samples; S the state's dtype, float32 or float64):
     out [B] S, contiguous: written; 0 for samples without elements.
@@ -31,12 +31,12 @@ def reference(
     if x.numel() == 0:
         out.zero_()
         return
-    error = torch.zeros_like(x)
+    error = torch.zeros_like(x, dtype=torch.float64)
     for k in range(1, len(registers)):
-        weight = per_sample(weights[:, k].to(x.dtype), x)
-        error += torch.where(weight != 0, weight * registers[k], 0.0)
+        weight = per_sample(weights[:, k], x)
+        error += torch.where(weight != 0, weight * registers[k].double(), 0.0)
     tolerance = atol + rtol * torch.maximum(registers[0].abs(), x.abs())
-    squares = (error / tolerance) ** 2
+    squares = (error.to(x.dtype) / tolerance) ** 2
     out.copy_((sample_sum(squares) / x[0].numel()).sqrt())
 
 

@@ -167,6 +167,25 @@ def error(
     return Error(x, registers, 1e-3 * normal(shape[0], stages))
 
 
+def smooth(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Error:
+    """dopri5's error of slopes that differ by 1e-3, as those of a step do: they cancel."""
+    case = error(shape, 8, dtype=dtype)
+    b = torch.tensor(
+        [71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40],
+        dtype=torch.float64,
+    )
+    case.registers[2:] = case.registers[1] + 1e-3 * case.registers[2:]
+    case.weights[:, 1:] = b * torch.linspace(0.01, 0.3, shape[0], dtype=torch.float64)[:, None]
+    return replace(case, atol=1e-5, rtol=1e-5)
+
+
+def loses_digits(case: Error, got: Tensor) -> str:
+    """ "" when every sample's error is the float64 formula of the same registers to 1e-5."""
+    exact = norm_formula(case, torch.float64)
+    worst = float(((got.double() - exact) / exact).abs().max())
+    return "" if worst <= 1e-5 else f"off by {worst:.2g} of itself"
+
+
 def norm(case: Error, backend: str) -> Tensor:
     out = torch.full((len(case.x),), NAN, dtype=case.x.dtype)
     call(

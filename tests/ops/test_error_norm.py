@@ -20,6 +20,14 @@ def test_the_formula(backend: str, shape: tuple[int, ...], dtype: torch.dtype, s
     assert cases.norm_violation(case, cases.norm(case, backend)) == ""
 
 
+@over("shape", [(5, 7), (5, 3, 31, 33)], [(5, 7)], TWINLESS)
+def test_slopes_that_cancel_leave_their_digits(backend: str, shape: tuple[int, ...]) -> None:
+    """A step's error is small beside its slopes; those are where the step size comes from."""
+    for dtype in (torch.float32, torch.float64):
+        case = cases.smooth(shape, dtype)
+        assert cases.loses_digits(case, cases.norm(case, backend)) == ""
+
+
 @each_twinless
 @pytest.mark.parametrize("tolerance", [(1 / 3, 0.0), (0.0, 0.1), (1e-12, 1e-9), (3.0, 0.7)])
 def test_tolerances_are_exact(tolerance: tuple[float, float], backend: str) -> None:
