@@ -11,7 +11,7 @@ from benchmarks.likelihood_models import shipped_digits
 from benchmarks.measure import threads
 from benchmarks.workloads import OURS, SCORE_SDE
 
-TASK = Task(shipped_digits, samples=48, batch=16, judged=8)
+TASK = Task(shipped_digits, samples=32, batch=16, judged=8)
 
 
 @pytest.mark.parametrize("probes", [1, 8])
