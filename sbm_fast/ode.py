@@ -241,9 +241,7 @@ class Adaptive:
         report(len(done))
         if waiting:
             new = self._newcomers(len(done))
-            places = done[: len(new.samples)]
-            pool.put(places, new)
-            pool.active[done[len(new.samples) :]] = False
+            pool.put(done[: len(new.samples)], new)
             done = done[len(new.samples) :]
         if len(done):
             stays = torch.ones_like(pool.active)

@@ -191,6 +191,15 @@ def test_a_path_ends_at_the_data(sde: SDE) -> None:
     torch.testing.assert_close(path, decoded, rtol=1e-4, atol=1e-4)
 
 
+def test_a_path_on_a_grid() -> None:
+    """Encoded and decoded on the grid of one solver."""
+    a, b = draw(3), draw(3, seed=1)
+    path = interpolate(model(), VE, a, b, 3, solver="rk4", steps=30)
+    expected = interpolate(model(), VE, a, b, 3)
+    torch.testing.assert_close(path, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(path[[0, 2]], torch.stack([a, b]), rtol=1e-4, atol=1e-4)
+
+
 def test_paths_without_a_circle() -> None:
     net, x = gaussian(0.7), draw(3)
     for a, b in ((x, x), (x, 2 * x), (x, -x), (x, 0 * x), (0 * x, 0 * x)):
@@ -376,6 +385,11 @@ def test_samples_begin_with_the_noise_of_the_plans(sde: SDE, part: float) -> Non
     plan = sample(model(), sde, (4, 6), method="ode", solver="rk4", steps=100, seed=3,
                   schedule="log_snr", **ends)  # fmt: skip
     torch.testing.assert_close(x, plan, rtol=1e-3, atol=1e-3)
+    plans = Sampler(model(), sde, (4, 6), method="ode", solver="rk4", steps=100, **ends)
+    start = plans.start(seed=3).advance(1).x
+    torch.testing.assert_close(
+        flowed((4, 6), sde, x_init=start, rtol=1e-6, atol=1e-6, **ends), x, rtol=3e-6, atol=1e-6
+    )
     other = flowed((4, 6), sde, seed=4, **ends)
     assert float((other - x).abs().max()) > 0.1
 
