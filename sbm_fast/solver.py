@@ -25,12 +25,13 @@ class Solver:
         name: "dopri5" (adaptive; every sample has its own steps), "euler", "heun" or "rk4" (a
             fixed grid), or "torchdiffeq:<method>" (for cross-checks).
         steps, schedule: of a fixed grid: number of steps (default 50), equal in ln(σ/m) or those
-            of `sbm_fast.schedule.time_grid`.
+            of `sbm_fast.schedule.time_grid`, from t_max to t_min.
         rtol, atol: an adaptive step is accepted when the root mean square over the sample of
             error/(atol + rtol |u|) is at most 1, u being the state in units of its own standard
             deviation. The log-density does not join it, so that states and steps do not depend on
             the probes.
-        max_nfe: evaluations at which an adaptive solver leaves a sample where it is.
+        max_nfe: evaluations at which "dopri5" leaves a sample where it is; with torchdiffeq, which
+            has nothing partial to give, more are an error.
         batch_size: samples at a time; None: all.
         progress: show a progress bar.
 

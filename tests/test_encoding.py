@@ -115,16 +115,18 @@ def test_torchdiffeq_encodes_alike() -> None:
     assert flowed(solver="torchdiffeq:dopri5", batch_size=3).shape == (4, 6)
 
 
-def test_results_do_not_depend_on_the_batch() -> None:
+@every_sde
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_do_not_depend_on_the_batch(sde: SDE, dtype: torch.dtype) -> None:
     x = draw(11, 3) * torch.logspace(-1, 1, 11)[:, None]
-    whole = encode(model(), VE, x, **LOOSE)
+    run: dict[str, Any] = {"dtype": dtype, **LOOSE}
+    whole = encode(model(), sde, x, **run)
     for batch_size in (1, 4, 50):
-        assert torch.equal(encode(model(), VE, x, batch_size=batch_size, **LOOSE), whole)
-    assert torch.equal(
-        torch.cat([encode(model(), VE, part, **LOOSE) for part in x.split(3)]), whole
-    )
+        assert torch.equal(encode(model(), sde, x, batch_size=batch_size, **run), whole)
+    parts = [encode(model(), sde, part, **run) for part in x.split(3)]
+    assert torch.equal(torch.cat(parts), whole)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(encode(model(), VE, x[order], **LOOSE), whole[order])
+    assert torch.equal(encode(model(), sde, x[order], **run), whole[order])
 
 
 def test_data_of_any_kind() -> None:
