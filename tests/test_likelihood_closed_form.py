@@ -50,7 +50,6 @@ WIDE = [("64-D mixture", sde, "edm") for sde in cases.SDES]
 WIDE += [("64-D mixture", "VP", "score"), ("64-D Gaussian", "VE", "eps")]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sde", "predicts"), WIDE)
 def test_wide(name: str, sde: str, predicts: str) -> None:
     error = errors(name, cases.SDES[sde], predicts, 4, rtol=1e-6, atol=1e-6)
@@ -97,7 +96,6 @@ def test_standard_prior_costs_what_the_table_says(sde: cases.SDE) -> None:
 REPETITIONS, PROBES = 1000, 8
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_standard_errors_are_calibrated(index: int) -> None:
     """95 % Student-t intervals of 8 probes cover the exact trace in 92 % to 98 % of 1000 keys.
