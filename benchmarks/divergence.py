@@ -67,8 +67,9 @@ class Level:
         return -self.s * self.c * self.jacobian.diagonal(dim1=1, dim2=2).sum(1)
 
     def estimates(self, name: str, products: int, keys: Tensor) -> Tensor:
-        """Columns [Q, N, K] of that trace for the probes of keys [K]."""
-        samples, copies, d = len(self.jacobian), len(keys), self.jacobian.shape[-1]
+        """Columns [Q, N, K] of that trace for the probes of keys [N K]."""
+        samples, _, d = self.jacobian.shape
+        copies = len(keys) // samples
         a, scale, p, shift = self.jacobian, -self.s * self.c, 0.0, None
         if name == KEPT:  # of dx/dλ in the VP process: h' u + h u' with h = m √(σ_d² + r²)
             extra = self.s**2 - self.r**2 / (1 + self.r**2)
@@ -88,7 +89,7 @@ class Level:
             lambda x: torch.einsum("bij,bj->bi", matrices, x),
             x,
             x,
-            keys.repeat(samples),
+            keys,
             torch.tensor([p, scale, scale], dtype=torch.float64).repeat(len(x), 1),
             torch.empty_like(x),
             shift=shift,
@@ -132,7 +133,7 @@ def _matrix(jacobian: VectorJacobian, batch: int) -> Tensor:
 
 def measure(images: int, keys: int, products: Sequence[int] = PRODUCTS) -> dict[str, Any]:
     """Root mean square errors over images and keys, at the levels and integrated over λ."""
-    levels, own_keys = trajectory(images), noise.keys(0, keys)
+    levels, own_keys = trajectory(images), noise.keys(0, images * keys)
     weights = torch.full((len(levels),), math.log(10) / PER_DECADE, dtype=torch.float64)
     weights[[0, -1]] /= 2
     shown = levels[::SHOWN]
@@ -189,7 +190,7 @@ def _table(record: dict[str, Any], names: Sequence[str]) -> str:
     note = (
         f"Root mean square errors with {counts} products an evaluation, in nats per unit of "
         f"ln(σ/m), and of log p over the whole solve in nats: {record['images']} held-out digits × "
-        f"{record['keys']} sets of probes, `{COMMAND}`."
+        f"{record['keys']} sets of probes each, `{COMMAND}`."
     )
     return "\n".join([*lines, "", note])
 

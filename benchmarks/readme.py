@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda_static, likelihood_tables, markdown
+from benchmarks import cuda_static, divergence, likelihood_tables, markdown
 from benchmarks.checkout import ROOT
 from benchmarks.gpu import readme as gpu
 from benchmarks.report import RECORD as CPU_RECORD
@@ -27,7 +27,7 @@ def sections() -> dict[Path, dict[str, str]]:
         "gpu": gpu.markdown(),
         "cuda static": static_figures(_read(cuda_static.RECORD)),
     }
-    return {README: in_readme, LIKELIHOOD: of_likelihoods}
+    return {README: in_readme, LIKELIHOOD: of_likelihoods | divergence.sections()}
 
 
 def static_figures(record: dict[str, Any]) -> str:
