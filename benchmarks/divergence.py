@@ -70,10 +70,10 @@ class Level:
         """Columns [Q, N, K] of that trace for the probes of keys [N K]."""
         samples, _, d = self.jacobian.shape
         copies = len(keys) // samples
-        a, scale, p, shift = self.jacobian, -self.s * self.c, 0.0, None
+        a, scale, extra, shift = self.jacobian, -self.s * self.c, 0.0, None
         if name == KEPT:  # of dx/dλ in the VP process: h' u + h u' with h = m √(σ_d² + r²)
             extra = self.s**2 - self.r**2 / (1 + self.r**2)
-            a, scale, p = scale * a + extra * torch.eye(d, dtype=a.dtype), 1.0, -extra
+            a, scale = scale * a + extra * torch.eye(d, dtype=a.dtype), 1.0
         if name in (XTRACE["denoiser"], XTRACE["noise"]):
             of = self.c / self.s if name == XTRACE["denoiser"] else -self.s / self.c
             shift = torch.full((samples * copies,), of, dtype=torch.float64)
@@ -90,11 +90,11 @@ class Level:
             x,
             x,
             keys,
-            torch.tensor([p, scale, scale], dtype=torch.float64).repeat(len(x), 1),
+            torch.tensor([0.0, scale, scale], dtype=torch.float64).repeat(len(x), 1),
             torch.empty_like(x),
             shift=shift,
         )
-        return columns.reshape(-1, samples, copies)
+        return columns.reshape(-1, samples, copies) - extra * d
 
 
 def trajectory(images: int) -> list[Level]:
