@@ -1,6 +1,7 @@
 """Checks and defaults of the arguments that `Sampler` and `sample` take."""
 
 import operator
+import sys
 import warnings
 from collections.abc import Sequence
 
@@ -131,6 +132,14 @@ def initial_state(
     if not torch.isfinite(x).all():
         raise ValueError(f"x_init: holds values that are not finite in {dtype}")
     return x
+
+
+def warn_caller(message: str) -> None:
+    """A UserWarning at the line outside this package that led here."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "sbm_fast":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def guidance_weights(guidance: float | Tensor, x: Tensor, model: ScoreModel) -> Tensor:

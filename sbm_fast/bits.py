@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor
 
 from sbm_fast import noise
+from sbm_fast.arguments import warn_caller
 from sbm_fast.dequantisation import Range, bin_width, check_levels, dequantise
 from sbm_fast.likelihood import LikelihoodResult, log_likelihood
 from sbm_fast.process import count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BitsResult:
     """Bits per dimension of N samples; float64.
 
@@ -64,7 +64,7 @@ def bits_per_dim(
 
         −log₂ P(x)/d ≤ −(E_u log p(x + (u − ½) Δ) + d ln Δ)/(d ln 2)
 
-    with Δ = (high − low)/(levels − 1) and u uniform on [0, 1)^d; P is the probability of the whole
+    with Δ = (high − low)/(levels − 1) and u uniform on (0, 1]^d; P is the probability of the whole
     bin. The declared range and number of levels are all that enters, so data in [0, 1] and the
     same data in [−1, 1], with the model to match, have the same bits.
 
@@ -84,6 +84,9 @@ def bits_per_dim(
         ValueError, TypeError: naming the argument; x outside the range, or between its levels.
     """
     check_levels(x, data_range, levels)
+    if x.dim() == 0:
+        raise ValueError("x: expected shape (samples, …), got ()")
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision cannot hold the bins
     draws = count("draws", draws)
     if not isinstance(importance, bool):
         raise TypeError(f"importance: expected True or False, got {importance!r}")
@@ -109,10 +112,9 @@ def bits_per_dim(
         for draw in range(draws)
     ]
     if importance and results[0].trace != "exact":
-        warnings.warn(
+        warn_caller(
             "importance: the trace is estimated, and half the variance of its estimate is added to "
-            "the log of the mean; exact=True gives a bound",
-            stacklevel=2,
+            "the log of the mean; exact=True gives a bound"
         )
     log_prob = torch.stack([result.log_prob for result in results])
     per_bit = math.prod(x.shape[1:]) * math.log(2)
@@ -147,7 +149,8 @@ def _combined(log_prob: Tensor, importance: bool) -> tuple[Tensor, Tensor]:
     if draws == 1:
         return log_prob[0], torch.full_like(log_prob[0], math.nan)
     if not importance:
-        return log_prob.mean(0), log_prob.std(0) / math.sqrt(draws)
+        spread = log_prob.std(0) if log_prob.numel() else log_prob[0]
+        return log_prob.mean(0), spread / math.sqrt(draws)
     total = torch.logsumexp(log_prob, dim=0) - math.log(draws)
     others = ~torch.eye(draws, dtype=torch.bool, device=log_prob.device)
     left_out = torch.stack(

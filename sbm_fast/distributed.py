@@ -9,7 +9,7 @@ the network's rounding.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sbm_fast import bits, encoding, likelihood, noise
+from sbm_fast.process import count
 
 Result = TypeVar("Result")
 
@@ -75,11 +76,17 @@ def _over_ranks(
     *,
     draws: bool = True,
 ) -> Result:
-    mine = share(len(x), group)
-    own = _own_options(options, len(x), mine)
-    if draws and options.get("keys") is None:
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        raise TypeError(f"x: expected a tensor (samples, …), got {type(x).__name__}")
+    mine, keys = share(len(x), group), options.get("keys")
+    own = _own_options(options, len(x), mine, group)
+    if keys is not None:
+        noise.check_keys(keys, len(x), options.get("seed"), options.get("first_sample", 0))
+        own["keys"] = keys[mine]
+    elif draws:
         own |= _seed_of_rank_0(options.get("seed"), group)
-        own["first_sample"] = options.get("first_sample", 0) + mine.start
+        first = count("first_sample", options.get("first_sample", 0), least=0)
+        own["first_sample"] = first + mine.start
     failure: Exception | None = None
     result: Any = None
     try:
@@ -94,7 +101,7 @@ def _over_ranks(
     for rank, (words, _) in enumerate(parts):
         if words is not None:
             raise RuntimeError(f"rank {rank} of {len(parts)} failed: {words}")
-    return _joined([part for _, part in parts], result)
+    return _joined([part for _, part in parts], x.device)
 
 
 def _check_initialised() -> None:
@@ -105,16 +112,27 @@ def _check_initialised() -> None:
         )
 
 
-def _own_options(options: dict[str, Any], n: int, mine: slice) -> dict[str, Any]:
-    """The options with this rank's part of what belongs to the samples."""
-    own = dict(options)
-    if isinstance(own.get("keys"), Tensor):
-        own["keys"] = own["keys"][mine]
-    if isinstance(own.get("cond"), dict):
-        own["cond"] = {
-            name: v[mine] if isinstance(v, Tensor) and v.dim() > 0 and len(v) == n else v
-            for name, v in own["cond"].items()
-        }
+def _own_options(options: dict[str, Any], n: int, mine: slice, group: Any) -> dict[str, Any]:
+    """The options with this rank's part of what belongs to the samples.
+
+    Raises: ValueError naming `cond` where a tensor that the samples share is as long as a rank's
+    share of them, so that it would be taken for the samples' own there.
+    """
+    own, ranks = dict(options), dist.get_world_size(group)
+    shares = {n * (rank + 1) // ranks - n * rank // ranks for rank in range(ranks)} - {n}
+    if isinstance(own.get("cond"), Mapping):
+        own["cond"] = dict(own["cond"])
+        for name, v in own["cond"].items():
+            length = len(v) if isinstance(v, Tensor) and v.dim() > 0 else -1
+            if length in shares:
+                raise ValueError(
+                    f"cond: {name!r} has the first dimension {length}, as many as a rank's share "
+                    f"of the {n} samples; give it another leading dimension, [1, …]"
+                    if length != 1
+                    else f"cond: {name!r} has the first dimension 1, and so does a rank's share of "
+                    f"the {n} samples; use fewer ranks"
+                )
+            own["cond"][name] = v[mine] if length == n else v
     if own.get("progress"):
         own["progress"] = mine.start == 0
     return own
@@ -135,19 +153,25 @@ def _on_cpu(result: Any) -> Any:
     return dataclasses.replace(result, **values)
 
 
-def _joined(parts: list[Any], own: Any) -> Any:
+def _joined(parts: list[Any], device: torch.device) -> Any:
     """The parts side by side: samples are the last axis of a table, else the first."""
-    if isinstance(own, Tensor):
-        return torch.cat(parts).to(own.device)
-    values = {}
-    for field in dataclasses.fields(own):
-        mine = getattr(own, field.name)
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts).to(device)
+    values: dict[str, Any] = {}
+    # What is no tensor is taken from a rank that had samples: the others never asked the network.
+    some = next((part for part in parts if _samples(part)), parts[0])
+    for field in dataclasses.fields(some):
+        mine = getattr(some, field.name)
         all_of_it = [getattr(part, field.name) for part in parts]
         if isinstance(mine, Tensor):
             axis = -1 if field.name in ("columns", "log_prob") else 0
-            values[field.name] = torch.cat(all_of_it, dim=axis).to(mine.device)
+            values[field.name] = torch.cat(all_of_it, dim=axis).to(device)
         elif dataclasses.is_dataclass(mine):
-            values[field.name] = _joined(all_of_it, mine)
+            values[field.name] = _joined(all_of_it, device)
         elif field.name == "seconds":
             values[field.name] = max(all_of_it)
-    return dataclasses.replace(own, **values)
+    return dataclasses.replace(some, **values)
+
+
+def _samples(part: Any) -> int:
+    return next(v.shape[-1] for v in vars(part).values() if isinstance(v, Tensor))

@@ -5,7 +5,8 @@ evaluation calls the network forward once and then finds tr J from products of J
 
 - "hutchinson": tr J ≈ v_kᵀ J v_k for K probes of signs or normals (Hutchinson 1990; Song et al.
   2021, App. D.2). For a symmetric J the variance of one is 2 (‖J‖²_F − Σ J_ii²) with signs and
-  2 ‖J‖²_F with normals. The identity's part, p d, is exact.
+  2 ‖J‖²_F with normals, where J is the slope's whole Jacobian, p I + r J: in the coordinates of
+  `sbm_fast.flow` that is the small one, so the identity's part is left in. Signs don't see it.
 - "exact": Σ_i (J e_i)_i, d products.
 - "xtrace": `sbm_fast.xtrace`, K/2 products with test vectors and K/2 with a basis of their images.
 
@@ -14,6 +15,9 @@ same at every evaluation of a solve and in every batch.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,6 +39,8 @@ from sbm_fast.xtrace import leave_one_out, tree_sum
 
 KINDS = ("hutchinson", "exact", "xtrace")
 STATE_DTYPES = (torch.float32, torch.float64)
+Dot = Callable[[int, Tensor, Tensor], None]
+"""Takes F and the products of probes k, k + 1, … [n, B, …]."""
 FORMS: dict[str, type[Jacobian]] = {"vjp": VectorJacobian, "jvp": JacobianVector}
 
 
@@ -130,26 +136,44 @@ class Divergence:
             )
         if x.numel() == 0:
             return coef.new_zeros(self.columns, len(x))
-        with torch.inference_mode(False), torch.no_grad():
-            f, found = self._differentiated(network, inputs, keys, shift)
         write, first = self._kernels.hutchinson_, self.first_draw
-        if self.kind != "hutchinson":
-            write(out, None, x, f, None, keys, coef, first, noise.PROBE, False)
-            return coef[:, 0] * dimension + coef[:, 2] * found
         divergence = x.new_empty((self.columns, len(x)), dtype=dtype)
-        write(out, divergence, x, f, found, keys, coef, first, noise.PROBE, self.gaussian)
-        return divergence.double()
+
+        def dot(k: int, f: Tensor, products: Tensor) -> None:
+            rows = divergence[k : k + len(products)]
+            write(out, rows, x, f, products, keys, coef, first + k, noise.PROBE, self.gaussian)
+
+        with torch.inference_mode(False), torch.no_grad():
+            f, found = self._differentiated(network, inputs, keys, shift, dot)
+            if found is not None:
+                write(out, None, x, f, None, keys, coef, first, noise.PROBE, False)
+                return coef[:, 0] * dimension + coef[:, 2] * found
+            whole = divergence.double()
+            return whole + coef[:, 0] * self._excess(x, keys) if self.gaussian else whole
+
+    def _excess(self, x: Tensor, keys: Tensor) -> Tensor:
+        """|v_k|² − d of normal probes, float64 [K, B].
+
+        The slope's Jacobian p I + r J is small as a whole, while for most predictions J alone holds
+        nearly −p/r of the identity: their noise, p |v|² and r v·J v, has to meet to cancel.
+        """
+        found = []
+        for k in range(self.columns):
+            v = torch.empty_like(x)
+            self._draw(v, keys, k)
+            found.append(tree_sum(v.double().reshape(len(x), -1) ** 2, 1) - x[0].numel())
+        return torch.stack(found)
 
     def _differentiated(
-        self, network: Network, inputs: Tensor, keys: Tensor, shift: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """F, and the products with the probes [K, B, …] or the traces float64 [Q, B]."""
+        self, network: Network, inputs: Tensor, keys: Tensor, shift: Tensor | None, dot: Dot
+    ) -> tuple[Tensor, Tensor | None]:
+        """F, and the traces float64 [Q, B]; None where `dot` was given the probes' products."""
         if self.products != "auto":
-            return self._with(self.products, network, inputs, keys, shift)
+            return self._with(self.products, network, inputs, keys, shift, dot)
         reasons = []
         for product in PRODUCTS:
             try:
-                found = self._with(product, network, inputs, keys, shift)
+                found = self._with(product, network, inputs, keys, shift, dot)
             except NotDifferentiable as error:
                 reasons.append(f"{product}: {error.reason}")
             else:
@@ -158,11 +182,20 @@ class Divergence:
         raise ValueError("model: cannot be differentiated by its input; " + "; ".join(reasons))
 
     def _with(
-        self, product: str, network: Network, inputs: Tensor, keys: Tensor, shift: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        product: str,
+        network: Network,
+        inputs: Tensor,
+        keys: Tensor,
+        shift: Tensor | None,
+        dot: Dot,
+    ) -> tuple[Tensor, Tensor | None]:
         jacobian = FORMS[product](network, inputs, self.batched)
+        found: Tensor | None = None
         if self.kind == "hutchinson":
-            found = self._probed(jacobian, keys)
+            # Chunk by chunk: no more products exist at a time than one chunk holds.
+            for k, products in jacobian.products(partial(self._fill, keys), self.columns):
+                dot(k, jacobian.output, products)
         elif self.kind == "exact":
             found = _exact_trace(jacobian)[None]
         else:
@@ -170,12 +203,8 @@ class Divergence:
         self.batched = jacobian.batched
         return jacobian.output, found
 
-    def _probed(self, jacobian: Jacobian, keys: Tensor) -> Tensor:
-        def fill(v: Tensor, k: int) -> None:
-            self._draw(v, keys, k)
-
-        chunks = [chunk for _, chunk in jacobian.products(fill, self.columns)]
-        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+    def _fill(self, keys: Tensor, v: Tensor, k: int) -> None:
+        self._draw(v, keys, k)
 
     def _xtrace(self, jacobian: Jacobian, keys: Tensor, shift: Tensor | None) -> Tensor:
         shape, dtype = jacobian.shape, jacobian.vector_dtype

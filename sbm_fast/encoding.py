@@ -4,7 +4,6 @@ likelihoods and the adaptive sampler share with them."""
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sbm_fast import noise
-from sbm_fast.arguments import check_dtype, placement
+from sbm_fast.arguments import check_dtype, placement, warn_caller
 from sbm_fast.backend import Kernels, choose_backend
 from sbm_fast.flow import FlowSystem, ProbabilityFlow
 from sbm_fast.model import ScoreModel, as_score_model
@@ -65,6 +64,10 @@ class Journey:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name}: expected a floating tensor (samples, …), got {got}")
+        if x.layout is not torch.strided or x.device.type == "meta":
+            raise TypeError(
+                f"{name}: expected a dense tensor with values, got {x.layout}, {x.device}"
+            )
         expected = self.model.sample_shape
         if x.dim() < 1 or (expected is not None and tuple(x.shape[1:]) != tuple(expected)):
             inner = "…" if expected is None else ", ".join(map(str, expected))
@@ -109,10 +112,9 @@ class Journey:
             solution = solver.carry(system, x, self.kernels, to_prior=to_prior)
         left = int((~solution.finished).sum())
         if left:
-            warnings.warn(
+            warn_caller(
                 f"max_nfe: {left} of {len(x)} samples were left on the way after "
-                f"{int(solution.nfe.max())} evaluations",
-                stacklevel=4,
+                f"{int(solution.nfe.max())} evaluations"
             )
         return solution, system
 

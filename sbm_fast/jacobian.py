@@ -16,6 +16,7 @@ it. It is tried once, and the outcome stands in `Jacobian.batched`:
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,6 +37,8 @@ Network = Callable[[Tensor], Tensor]
 Fill = Callable[[Tensor, int], None]
 """Writes vector k into a tensor [B, …]."""
 
+_FORWARD_MODE = threading.Lock()
+"""torch's level of forward-mode differentiation is one for the process."""
 CHUNK = 16
 """Vectors that exist at a time, and that one pass takes where it takes several."""
 
@@ -167,10 +170,19 @@ class VectorJacobian(Jacobian):
         )[0]
 
     def _one(self, vector: Tensor, last: bool) -> Tensor | None:
-        # Compiled networks refuse to keep the graph, so the last product lets it go.
-        return torch.autograd.grad(
-            self._graph, self._at, vector, retain_graph=not last, allow_unused=True
-        )[0]
+        graph, at = self._graph, self._at
+        try:
+            return torch.autograd.grad(graph, at, vector, retain_graph=not last, allow_unused=True)[
+                0
+            ]
+        except RuntimeError as error:
+            if last or "donated buffers" not in str(error):
+                raise
+        # A compiled network's backward frees what it reads: the next product needs a new forward.
+        product = torch.autograd.grad(graph, at, vector, allow_unused=True)[0]
+        with torch.enable_grad():
+            self._graph = self._called(self._at)
+        return product
 
     def _failed(self, error: RuntimeError) -> str:
         return f"its backward failed ({_words(error)})"
@@ -189,13 +201,13 @@ class JacobianVector(Jacobian):
 
         # F does not depend on the vector: it is made once.
         axes: Any = (None, 0)
-        with torch.no_grad():
+        with _FORWARD_MODE, torch.no_grad():
             output, products = torch.vmap(both, out_dims=axes, randomness="same")(vectors)
         self.output = output.detach()
         return products
 
     def _one(self, vector: Tensor, last: bool) -> Tensor | None:
-        with torch.no_grad(), forward_ad.dual_level():
+        with _FORWARD_MODE, torch.no_grad(), forward_ad.dual_level():
             dual = self._called(forward_ad.make_dual(self._inputs, vector))
             output, tangent = forward_ad.unpack_dual(dual)
         self.output = output.detach()  # a network that is a gradient itself may keep a graph

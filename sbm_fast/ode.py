@@ -30,7 +30,7 @@ LOST = 1e-9
 """A step this small, as a share of the interval, at which the slopes are still not finite."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """u [N, …] at the end of the interval, or where a sample was left (`finished` False).
 
@@ -173,6 +173,10 @@ class Adaptive:
         self._system.select(samples)
         self._stages.begin(pool)
         pool.nfe.add_(1)
+        bad = torch.nonzero(~_finite(pool.registers[1], pool.first)).flatten()
+        if len(bad):  # no smaller step helps
+            message = self._system.not_finite(pool.samples[bad], pool.t[bad], pool.nfe[bad])
+            raise ValueError(message)
         if 1 + self._stages.evaluations > self._limits.max_nfe:
             pool.active.fill_(False)
         return pool
@@ -195,11 +199,11 @@ class Adaptive:
         p.t.copy_(torch.where(accepted, torch.where(last_step, self._end, p.t + h), p.t))
         p.nfe.add_(p.active * self._stages.evaluations)
 
+        spent = p.nfe + self._stages.evaluations > limits.max_nfe
         lost = p.active & ~torch.isfinite(error) & (h.abs() <= LOST * self._span)
         following = torch.where(p.active, h * self._factor(error, p.error, accepted), p.h)
         p.h.copy_(torch.where(lost, torch.nan, following))
         p.error.copy_(torch.where(accepted, error.clamp_min(1e-4), p.error))
-        spent = p.nfe + self._stages.evaluations > limits.max_nfe
         p.active.logical_and_(~(accepted & last_step) & ~spent & ~lost)
 
     def _error(self, pool: Pool, h: Tensor, growth: Growth) -> Tensor:
@@ -312,6 +316,8 @@ def solve_torchdiffeq(
             "solver: torchdiffeq is not installed here: pip install torchdiffeq"
         ) from error
     solution = Solution.empty(u, system.columns)
+    if len(u) == 0:
+        return solution
     times = torch.tensor(interval, dtype=torch.float64, device=u.device)
     for samples in torch.arange(len(u), device=u.device).split(max(1, batch_size or len(u))):
         system.select(samples)

@@ -28,8 +28,9 @@ class Solver:
             of `sbm_fast.schedule.time_grid`, from t_max to t_min.
         rtol, atol: an adaptive step is accepted when the root mean square over the sample of
             error/(atol + rtol |u|) is at most 1, u being the state in units of its own standard
-            deviation. The log-density does not join it, so that states and steps do not depend on
-            the probes.
+            deviation. The log-density of an exact trace is one component more; an estimated one is
+            not, so that states and steps do not depend on the probes (a known integrand of the
+            same size stands in for it).
         max_nfe: evaluations at which "dopri5" leaves a sample where it is; with torchdiffeq, which
             has nothing partial to give, more are an error.
         batch_size: samples at a time; None: all.

@@ -89,3 +89,19 @@ def failing_task() -> str:
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def _message(**options: Any) -> str:
+    try:
+        distributed.log_likelihood(model(), sbm_fast.VPSDE(), data(), **options)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def ambiguous_task() -> str:
+    return _message(cond={"shift": torch.zeros(3)})
+
+
+def keys_task() -> str:
+    return _message(keys=sbm_fast.noise.keys(0, 5), cond={"shift": torch.zeros(N)})

@@ -47,3 +47,13 @@ def test_without_a_process_group() -> None:
         distributed.log_likelihood(score, sbm_fast.VPSDE(), data())
     with pytest.raises(TypeError, match=r"^return_info: "):
         distributed.encode(score, sbm_fast.VPSDE(), data(), return_info=True)
+
+
+def test_what_the_samples_share_is_not_taken_apart(tmp_path: Path) -> None:
+    for message in ranks.run(ranks.ambiguous_task, tmp_path):
+        assert message.startswith("ValueError: cond: 'shift' has the first dimension 3")
+
+
+def test_keys_of_another_length(tmp_path: Path) -> None:
+    for message in ranks.run(ranks.keys_task, tmp_path):
+        assert message.startswith("ValueError: keys: expected shape (7,)")

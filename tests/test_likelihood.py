@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -155,7 +156,7 @@ def test_backends_agree(backend: str) -> None:
     [
         {"solver": "rk4", "steps": 60},
         {"solver": "heun", "steps": 400},
-        {"solver": "euler", "steps": 20_000, "probes": 1},
+        {"solver": "euler", "steps": 2000},
         {"solver": "torchdiffeq:dopri5", "rtol": 1e-7, "atol": 1e-7},
         {"solver": "rk4", "schedule": "karras", "steps": 80},
     ],
@@ -166,7 +167,8 @@ def test_solvers_agree(solver: dict[str, Any]) -> None:
     common = {"exact": False, "seed": 0, "dtype": torch.float64}
     tight = log_likelihood(score, VP, x, rtol=1e-9, atol=1e-9, **common)
     other = log_likelihood(score, VP, x, **{**common, **solver})
-    torch.testing.assert_close(other.log_prob, tight.log_prob, rtol=0, atol=2e-3)
+    bound = 2e-2 if solver["solver"] == "euler" else 2e-3
+    torch.testing.assert_close(other.log_prob, tight.log_prob, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 3, 4), (2, 2, 2, 2), (2, 1, 2, 1, 3), (0, 3)])
@@ -189,9 +191,9 @@ def test_max_nfe_leaves_samples_on_the_way() -> None:
 
 
 def test_digits_hutchinson_and_exact_agree() -> None:
-    net, held_out = shipped.digits(), digits().held_out[:4]
+    net, held_out = shipped.digits(), digits().held_out[:2]
     x = held_out + (noise.uniform(0, held_out.shape, stream=noise.DEQUANTISATION) - 0.5) / 8
-    loose = {"rtol": 1e-3, "atol": 1e-3}
+    loose = {"rtol": 1e-2, "atol": 1e-2}
     exact = log_likelihood(net, net.sde, x, **loose)
     r = log_likelihood(net, net.sde, x, exact=False, probes=16, seed=0, **loose)
     assert exact.trace == "exact" and exact.product == r.product == "vjp"
@@ -233,6 +235,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"exact": 1}, TypeError, "exact: "),
     ({"estimator": "hutch++"}, ValueError, "estimator: "),
     ({"estimator": "xtrace", "probes": 5}, ValueError, "probes: "),
+    ({"estimator": "exact"}, ValueError, "estimator: "),
+    ({"x": torch.zeros(3, 2).to_sparse()}, TypeError, "x: "),
+    ({"x": torch.zeros(3, 2, device="meta")}, TypeError, "x: "),
     ({"gaussian": "yes"}, TypeError, "gaussian: "),
     ({"product": "backward"}, ValueError, "product: "),
     ({"first_probe": -1}, ValueError, "first_probe: "),
@@ -268,6 +273,58 @@ def test_exact_trace_of_a_large_sample_says_how_large() -> None:
     limit = likelihood.MOST_EXACT
     with pytest.raises(ValueError, match=re.escape(f"exact: a sample has {limit + 1} dimensions")):
         log_likelihood(score, VP, torch.zeros(1, limit + 1), exact=True)
+
+
+def test_times_that_end_at_1_but_are_none() -> None:
+    """An EDM SDE up to 1 begins at its sigma_min, a ladder of two levels at level 0."""
+    edm = EDMSDE(0.01, 1.0)
+    a = log_likelihood(score, edm, data(2))
+    assert torch.equal(a.log_prob, log_likelihood(score, edm, data(2), t_min=0.01).log_prob)
+    ladder = sbm_fast.NCSNLadder([0.1, 1.0])
+    assert log_likelihood(score, ladder, data(2)).finished.all()
+
+
+@pytest.mark.parametrize("extra", [{"exact": True}, {"exact": False, "probes": 3}])
+def test_compiled_networks(extra: dict[str, Any]) -> None:
+    net = Mixing()
+    plain = log_likelihood(net, VP, data(4), seed=0, rtol=1e-3, atol=1e-3, **extra)
+    compiled = torch.compile(net, backend="aot_eager")
+    r = log_likelihood(compiled, VP, data(4), seed=0, rtol=1e-3, atol=1e-3, **extra)
+    torch.testing.assert_close(r.log_prob, plain.log_prob, rtol=0, atol=1e-4)
+
+
+def test_forward_mode_in_threads() -> None:
+    def run(_: int) -> Tensor:
+        return log_likelihood(Mixing(), VP, data(), product="jvp", **SETTINGS).log_prob
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(run, range(3)))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_priors_get_a_copy_and_no_empty_batch() -> None:
+    def greedy(x: Tensor) -> Tensor:
+        assert len(x)
+        total = -x.double().square().sum(1) / 2
+        x.zero_()
+        return total
+
+    assert log_likelihood(score, VP, data(0), prior=greedy).log_prob.shape == (0,)
+    assert log_likelihood(score, VP, data(3), prior=greedy).latent.abs().min() > 0
+    with pytest.raises(ValueError, match=r"^prior: .*NaN for 3 samples"):
+        log_likelihood(score, VP, data(3), prior=lambda x: x[:, 0] * math.nan)
+
+
+def test_nan_is_reported_before_max_nfe() -> None:
+    with pytest.raises(ValueError, match=r"^model: .*not finite"):
+        log_likelihood(lambda x, t: x * math.nan, VP, data(), max_nfe=60, **SETTINGS)
+
+
+def test_warning_points_at_the_caller() -> None:
+    with pytest.warns(UserWarning, match="^max_nfe") as caught:
+        log_likelihood(score, VP, data(), max_nfe=20, **SETTINGS)
+        sbm_fast.encode(score, VP, data(), max_nfe=20)
+    assert [w.filename for w in caught] == [__file__, __file__]
 
 
 def test_package_shows_it() -> None:
