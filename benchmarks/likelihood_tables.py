@@ -138,7 +138,8 @@ def _note(part: dict[str, Any]) -> str:
     )
     return (
         f"{what}; VP, t_min = 1e-5, {tasks[0]['threads']} threads, medians of "
-        f"{tasks[0]['rounds']} interleaved runs in one process, in brackets goal / moonshot: "
+        f"{tasks[0]['rounds']} interleaved runs in one process "
+        f"({tasks[0]['rounds_of_several_probes_or_tolerances']} with several probes or tolerances), in brackets goal / moonshot: "
         f"`{part['command']}` on {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['instruction_set']}, torch {versions['torch']}, Python {versions['python']}."
     )
