@@ -136,10 +136,11 @@ def _note(part: dict[str, Any]) -> str:
         f"held-out digits in batches of {entry['batch']}"
         for entry in tasks
     )
+    fewer = tasks[0]["rounds_of_several_probes_or_tolerances"]
     return (
         f"{what}; VP, t_min = 1e-5, {tasks[0]['threads']} threads, medians of "
         f"{tasks[0]['rounds']} interleaved runs in one process "
-        f"({tasks[0]['rounds_of_several_probes_or_tolerances']} with several probes or tolerances), in brackets goal / moonshot: "
+        f"({fewer} with several probes or tolerances), in brackets goal / moonshot: "
         f"`{part['command']}` on {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['instruction_set']}, torch {versions['torch']}, Python {versions['python']}."
     )
