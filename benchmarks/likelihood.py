@@ -51,7 +51,6 @@ MOST_ERROR = 0.05
 """Nats (root mean square) that anybody may be off at `TOLERANCE`."""
 TORCHDIFFEQ, ON_OUR_FLOW = "torchdiffeq", "torchdiffeq, our flow"
 GOALS = {1: Goal(SCORE_SDE, 2, 3), 8: Goal(SCORE_SDE, 3.5, 6)}
-LABELS = {1: (SCORE_SDE, TORCHDIFFEQ, OURS), 8: (SCORE_SDE, OURS)}
 TOLERANCES = {
     OURS: (1e-4, 1e-5, 1e-6),
     TORCHDIFFEQ: (1e-4, 1e-5, 3e-6, 1e-6, 3e-7),
