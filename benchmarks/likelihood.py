@@ -151,18 +151,18 @@ class Task:
 
     def check(self) -> dict[str, float]:
         """Everybody computes the same: root mean square errors on the judged samples, warmed up."""
-        small, errors = self.on_the_judged(), {}
+        small, errors = self.of(self.judged), {}
         for label in (SCORE_SDE, TORCHDIFFEQ, ON_OUR_FLOW, OURS):
             errors[label] = small.errors(small.run(label, 1))["error_rms"]
             off = f"{self.model.name}: {label} is off by {errors[label]:.2g} nats"
             assert errors[label] <= MOST_ERROR, off
         return errors
 
-    def on_the_judged(self) -> "Task":
-        """The same with no other samples than those."""
-        small = replace(self, samples=self.judged)
-        small.__dict__["model"] = self.model
-        return small
+    def of(self, samples: int) -> "Task":
+        """The same with so many samples."""
+        other = replace(self, samples=samples)
+        other.__dict__["model"] = self.model
+        return other
 
     def facts(self) -> dict[str, Any]:
         """What the record says of it."""
@@ -179,14 +179,18 @@ class Task:
         }
 
 
-TASKS = (Task(shipped_digits, 128, 64, 64), Task(wide_unet, 64, 32, 32))
+TASKS = (Task(shipped_digits, 256, 64, 64), Task(wide_unet, 128, 32, 32))
 QUICK = (Task(shipped_digits, 48, 16, 16, 1), Task(wide_unet, 24, 8, 8, 1))
 
 
-def speed(task: Task) -> dict[str, Any]:
-    """Everybody at the same tolerance, with 1 and 8 probes."""
-    entry = {**task.facts(), "check": task.check(), "probes": {}}
+def speed(whole: Task, only: int | None = None) -> dict[str, Any]:
+    """Everybody at the same tolerance, with 1 and 8 probes (these on half the samples), or `only`
+    one of them."""
+    entry = {**whole.facts(), "check": whole.check(), "probes": {}}
     for probes, goal in GOALS.items():
+        if only not in (None, probes):
+            continue
+        task = whole if probes == 1 else whole.of(whole.samples // 2)
         labels = (SCORE_SDE, TORCHDIFFEQ, OURS)
         rounds = task.rounds if probes == 1 else min(task.rounds, FEWER)
         results = task.measure({name: (name, probes, TOLERANCE) for name in labels}, rounds)
@@ -194,6 +198,7 @@ def speed(task: Task) -> dict[str, Any]:
         for result in results.values():
             times = np.array(result["all_seconds"])
             result["ratio"] = result["seconds"] / results[OURS]["seconds"]
+            result["samples"] = task.samples
             result["ratio_range"] = [float(v) for v in ((times / ours).min(), (times / ours).max())]
         results[goal.baseline] |= {"goal": goal.goal, "moonshot": goal.moonshot}
         entry["probes"][str(probes)] = results
@@ -207,7 +212,7 @@ def equal_error(task: Task) -> dict[str, Any]:
         for label, tolerances in TOLERANCES.items()
         for tolerance in tolerances
     }
-    task = task.on_the_judged()
+    task = task.of(task.judged)
     results = task.measure(settings, min(task.rounds, FEWER))
     curves: dict[str, list[dict[str, Any]]] = {label: [] for label in TOLERANCES}
     for name, result in results.items():
@@ -234,16 +239,23 @@ def seconds_at_error(curve: list[dict[str, Any]], error: float) -> float | None:
     return float(np.exp(np.interp(np.log(error), np.log(errors), np.log(seconds))))
 
 
-PARTS: dict[str, Callable[[tuple[Task, ...], bool], Any]] = {
-    "speed": lambda tasks, quick: [speed(task) for task in tasks],
-    "equal error": lambda tasks, quick: [equal_error(task) for task in tasks],
-    "digits": lambda tasks, quick: likelihood_digits.record(8 if quick else None),
+PARTS: dict[str, Callable[[tuple[Task, ...], bool, int | None], Any]] = {
+    "speed": lambda tasks, quick, only: [speed(task, only) for task in tasks],
+    "equal error": lambda tasks, quick, only: [equal_error(task) for task in tasks],
+    "digits": lambda tasks, quick, only: likelihood_digits.record(8 if quick else 96),
 }
+
+
+def keep_other_probes(new: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+    """What a run with `--probes` has not measured stays as recorded."""
+    for entry, old in zip(new, before, strict=True):
+        entry["probes"] = {**old["probes"], **entry["probes"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
+    parser.add_argument("--probes", type=int, choices=GOALS, help="part speed: these alone")
     parser.add_argument("--quick", action="store_true", help="few samples, no record")
     parser.add_argument("--out", type=Path, default=RECORD, help="where the record goes")
     arguments = parser.parse_args()
@@ -259,7 +271,10 @@ def main() -> None:
     known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     for part in arguments.part or PARTS:
         with threads(THREADS):
-            result = PARTS[part](QUICK if arguments.quick else TASKS, arguments.quick)
+            tasks = QUICK if arguments.quick else TASKS
+            result = PARTS[part](tasks, arguments.quick, arguments.probes)
+        if part == "speed" and arguments.probes and part in known:
+            keep_other_probes(result, known[part]["result"])
         known[part] = {
             "command": f"python -m benchmarks.likelihood --part '{part}'",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

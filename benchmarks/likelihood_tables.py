@@ -124,6 +124,14 @@ def _name(entry: dict[str, Any]) -> str:
     return f"{entry['name']}, {entry['parameters'] / 1e6:.2g} M"
 
 
+def _samples(entry: dict[str, Any]) -> str:
+    """How many: a number, or one for each number of probes."""
+    numbers = {k: results["ours"]["samples"] for k, results in entry.get("probes", {}).items()}
+    if len(set(numbers.values())) < 2:
+        return str(entry["samples"])
+    return " / ".join(f"{n} ({k} probe{'s' * (k != '1')})" for k, n in numbers.items())
+
+
 def _nfe(result: dict[str, Any]) -> str:
     return f"{result['nfe_mean']:.0f} ({result['nfe_max']})"
 
@@ -132,7 +140,7 @@ def _note(part: dict[str, Any]) -> str:
     machine, tasks = part["machine"], part["result"]
     versions = machine["versions"]
     what = "; ".join(
-        f"{entry['name']} (held-out loss {entry['held_out_loss']:.2f}): {entry['samples']} "
+        f"{entry['name']} (held-out loss {entry['held_out_loss']:.2f}): {_samples(entry)} "
         f"held-out digits in batches of {entry['batch']}"
         for entry in tasks
     )
