@@ -1,0 +1,132 @@
+"""`Conv2d`: torch's convolution, whose weights can be packed for a while.
+
+oneDNN keeps the weights of a CPU convolution in an order of its own and brings them there at every
+call of `torch.nn.functional.conv2d`. At small batches that is a good part of the call. Inside
+`packed(net)` every convolution does it once. Packed weights give the same products in the same
+precision; the order of summation is oneDNN's either way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+SMALLEST = 64 * 64
+"""Weights of fewer numbers are not packed: a packed call costs some 30 µs more than a plain one."""
+_IMAGE = 16, 16
+"""What weights are packed for; the pack serves images of all sizes and batches as well."""
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class _Pack:
+    """Weight and bias times `gain` as oneDNN wants them, and the state of what they came from."""
+
+    source: tuple[object, ...]
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` that may join its output to another tensor:
+
+        y = gain · (conv(x) + plus)
+
+    Parameters, initialisation, gradients and the result are those of torch. Where weights are
+    packed (see `packed`), `gain` is multiplied into them: another rounding, no other formula.
+    """
+
+    _users: int = 0
+    _pack: _Pack | None = None
+
+    def forward(self, x: Tensor, *, gain: float = 1.0, plus: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """y [B, out_channels, H', W'] of x [B, in_channels, H, W]; plus like y."""
+        if torch.compiler.is_compiling() or self._users == 0 or not self._can_pack(x):
+            y = super().forward(x)
+            if plus is not None:
+                y = y + plus
+            return y if gain == 1.0 else y * gain
+        pack = self._packed(gain)
+        y = torch.ops.mkldnn._convolution_pointwise(
+            x, pack.weight, pack.bias, self.padding, self.stride, self.dilation, self.groups,
+            "none", [], "",
+        )  # fmt: skip
+        return y if plus is None else y.add_(plus, alpha=gain)
+
+    def _can_pack(self, x: Tensor) -> bool:
+        weight = self.weight
+        return (
+            x.dtype == weight.dtype == torch.float32
+            and x.device.type == weight.device.type == "cpu"
+            and type(x) is Tensor
+            and type(weight) is nn.Parameter
+            and not weight.is_inference()
+            and weight.numel() >= SMALLEST
+            and x.ndim == 4
+            and x.numel() > 0
+            and self.groups == 1
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
+            and not torch.is_autocast_enabled("cpu")
+            and not self._differentiated(x)
+        )
+
+    def _differentiated(self, x: Tensor) -> bool:
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return True
+        return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+    def _packed(self, gain: float) -> _Pack:
+        weight, bias = self.weight, self.bias
+        source: tuple[object, ...] = gain, weight.data_ptr(), weight._version
+        if bias is not None:
+            source += bias.data_ptr(), bias._version
+        pack = self._pack
+        if pack is None or pack.source != source:
+            with torch.no_grad():
+                scaled = (weight if gain == 1.0 else weight * gain).detach().contiguous()
+                reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+                reordered = reorder(
+                    scaled.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups,
+                    [1, self.in_channels, *_IMAGE],
+                )  # fmt: skip
+                own_bias = None if bias is None else bias.detach() * gain
+            pack = self._pack = _Pack(source, reordered, own_bias)
+        return pack
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the pack behind."""
+        kept = ("_users", "_pack")
+        return {name: value for name, value in self.__dict__.items() if name not in kept}
+
+
+@contextmanager
+def packed(net: object) -> Iterator[None]:
+    """Packs the weights of the network's `Conv2d`s at their first call in the block.
+
+    For CPU inference in float32: calls under autograd, forward-mode AD, autocast or torch.compile
+    go torch's way. It costs a copy of the weights for as long as the block runs, and their values
+    must not be changed through `.data` in it (any other change is noticed). Blocks may be nested,
+    and entered by several threads.
+    """
+    convs: list[Conv2d] = []
+    if isinstance(net, nn.Module) and torch.backends.mkldnn.is_available():
+        convs = [module for module in net.modules() if isinstance(module, Conv2d)]
+    with _lock:
+        for conv in convs:
+            conv._users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            for conv in convs:
+                conv._users -= 1
+                if conv._users == 0:
+                    conv._pack = None
