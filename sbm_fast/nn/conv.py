@@ -46,7 +46,7 @@ class Conv2d(nn.Conv2d):
     _users: int = 0
     _pack: _Pack | None = None
 
-    def forward(self, x: Tensor, *, gain: float = 1.0, plus: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, *, gain: float = 1.0, plus: Tensor | None = None) -> Tensor:
         """y [B, out_channels, H', W'] of x [B, in_channels, H, W]; plus like y."""
         if torch.compiler.is_compiling() or self._users == 0 or not self._can_pack(x):
             y = super().forward(x)
