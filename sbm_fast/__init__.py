@@ -6,6 +6,9 @@
 
 __version__ = "0.1.0"
 
+import importlib
+from typing import TYPE_CHECKING
+
 from sbm_fast import noise, plan
 from sbm_fast.bits import BitsResult, bits_per_dim
 from sbm_fast.doctor import doctor
@@ -32,6 +35,7 @@ __all__ = [
     "Sampler",
     "ScoreModel",
     "SubVPSDE",
+    "adapters",
     "bits_per_dim",
     "doctor",
     "encode",
@@ -42,3 +46,14 @@ __all__ = [
     "sample",
     "variational_bound",
 ]
+
+
+if TYPE_CHECKING:
+    from sbm_fast import adapters
+else:
+
+    def __getattr__(name: str) -> object:
+        """Parts that most programs don't need are imported when they are first asked for."""
+        if name == "adapters":
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,389 @@
+"""Networks of Hugging Face diffusers: `load` a folder or a repository, `wrap` live objects.
+
+What a scheduler samples with is left aside; its configuration also says what the network was
+trained on, and that is read: the noise levels, what is predicted, and the network's time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from sbm_fast.adapters._unpickle import unreadable
+from sbm_fast.model import ScoreModel
+from sbm_fast.sde import EDMSDE, VESDE, DDPMSchedule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sbm_fast.sde import SDE
+
+_DISCRETE = (
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDIMInverseScheduler",
+    "PNDMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "RePaintScheduler",
+    "SASolverScheduler",
+)
+_EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+_VE = ("ScoreSdeVeScheduler",)
+SCHEDULERS = (*_DISCRETE, *_EDM, *_VE)
+"""Classes of diffusers' schedulers whose configuration is understood."""
+
+_PREDICTS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_INSTALL = "pip install 'sbm_fast[diffusers]'"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a scheduler's configuration says about the network.
+
+    Attributes:
+        sde, predicts, time, sigma_data: as in `ScoreModel`.
+        sign: the network predicts sign · ``predicts``.
+        variance: "learned_range" or None, as in `ScoreModel`.
+    """
+
+    sde: SDE
+    predicts: str
+    time: str
+    sigma_data: float = 0.5
+    sign: int = 1
+    variance: str | None = None
+
+
+class Output(nn.Module):
+    """The output tensor of a network of diffusers: (x, label, **cond) → sign · net(…).sample.
+
+    ``cond`` goes to the network by name (``class_labels``; ``encoder_hidden_states`` …).
+
+    Args:
+        net: takes (x, timestep, **cond, return_dict=False) and gives a tuple.
+        sign: 1 or −1.
+    """
+
+    def __init__(self, net: nn.Module, sign: int = 1) -> None:
+        super().__init__()
+        self.net = net
+        self.training = net.training
+        self.sign = sign
+        # An embedding table takes the number of a level; the others take any real one.
+        self.table = getattr(net.config, "time_embedding_type", None) == "learned"
+
+    def forward(self, x: Tensor, label: Tensor, **cond: Any) -> Tensor:
+        """The network at x [B, C, …], label [B]."""
+        label = label.round().long() if self.table else label
+        output = self.net(x, label, return_dict=False, **cond)[0]
+        return output if self.sign == 1 else -output
+
+
+def load(source: str | os.PathLike[str]) -> ScoreModel:
+    """The ``UNet2DModel`` in a folder, or in a repository of the Hugging Face Hub.
+
+    The folder is that of a pipeline (``unet/`` and ``scheduler/``, or both side by side as in the
+    first releases) or of a network with its ``scheduler_config.json`` beside it. Only JSON and
+    safetensors are read. The result's ``sde`` is what the network was trained on; its samples are
+    in the network's range ([−1, 1] for DDPM, [0, 1] for score_sde's VE networks). A network with
+    classes takes ``cond={"class_labels": …}``; which of them stands for none is not in the files:
+    set ``null_cond`` of the result for guidance.
+
+    Args:
+        source: a path, or "owner/name" (asks the Hub, through ``huggingface_hub``).
+
+    Raises:
+        ImportError: diffusers is not installed.
+        FileNotFoundError: there is no such folder or file.
+        ValueError: the folder holds another network than a UNet2DModel, weights that are not
+            safetensors or do not fit, or a scheduler that is not in `SCHEDULERS`; the message names
+            the file and the problem.
+    """
+    folder = _folder(source)
+    home = folder / "unet" if (folder / "unet").is_dir() else folder
+    config = _read_json(home / "config.json")
+    if config.get("_class_name") != "UNet2DModel":
+        problem = f"its network is a {config.get('_class_name')!r}, expected a 'UNet2DModel'"
+        raise unreadable(home / "config.json", problem)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path = path if path.parent.is_dir() else folder / "scheduler_config.json"
+    schedule = _read_json(path)
+    with _naming(path):
+        trained = training(schedule.get("_class_name"), schedule)
+    network = _read_network(home, config)
+    with _naming(home / "config.json"):
+        return _model(network, config, trained)
+
+
+def wrap(unet: nn.Module, scheduler: object) -> ScoreModel:
+    """A live network of diffusers with the scheduler it was trained with.
+
+    Args:
+        unet: a ``UNet2DModel``, or any network of diffusers that is called as
+            ``unet(x, timestep, **cond, return_dict=False)``. It is neither copied nor changed: call
+            its ``eval()`` yourself.
+        scheduler: an object of one of the classes in `SCHEDULERS`, or of one derived from them.
+
+    Raises:
+        TypeError: ``unet`` or ``scheduler`` is no such object.
+        ValueError: the scheduler's configuration is not understood, or does not fit the network.
+    """
+    config = getattr(unet, "config", None)
+    if not isinstance(unet, nn.Module) or not isinstance(config, Mapping):
+        raise TypeError(f"unet: expected a network of diffusers, got {type(unet).__name__}")
+    schedule = getattr(scheduler, "config", None)
+    if not isinstance(schedule, Mapping):
+        got = type(scheduler).__name__
+        raise TypeError(f"scheduler: expected a scheduler of diffusers, got {got}")
+    names = [cls.__name__ for cls in type(scheduler).__mro__]
+    name = next((name for name in names if name in SCHEDULERS), names[0])
+    return _model(unet, config, training(name, schedule))
+
+
+def training(name: object, config: Mapping[str, Any]) -> Training:
+    """What the configuration of the scheduler class ``name`` says about its network.
+
+    ==================  ==========================================  ======================
+    schedulers          noise levels                                time
+    ==================  ==========================================  ======================
+    on β (DDPM, DDIM…)  `DDPMSchedule` of its β                     index
+    EDM's               `EDMSDE`, network inside EDM's c's          ¼ ln σ
+    ScoreSdeVe          `VESDE`, the network gives the score        σ
+    ==================  ==========================================  ======================
+
+    Raises: ValueError for what is not understood, naming it.
+    """
+    if name in _DISCRETE:
+        return _discrete(config)
+    if name in _EDM:
+        sde = EDMSDE(_number(config, "sigma_min"), _number(config, "sigma_max"))
+        prediction = _prediction(config)
+        if prediction == "sample":
+            raise ValueError(f"prediction_type: {name} has no 'sample'")
+        # Its "v_prediction" is c_skip x − c_out F: the other sign of F, nothing else.
+        sign = -1 if prediction == "v_prediction" else 1
+        return Training(sde, "edm", "edm", _number(config, "sigma_data"), sign)
+    if name in _VE:
+        levels = VESDE(_number(config, "sigma_min"), _number(config, "sigma_max"))
+        return Training(levels, "score", "sigma")
+    raise ValueError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, got {name!r:.80}")
+
+
+def _discrete(config: Mapping[str, Any]) -> Training:
+    for key, refused in (
+        ("rescale_betas_zero_snr", "a last level without signal has no σ/m"),
+        ("use_flow_sigmas", "flow matching is no diffusion on β"),
+    ):
+        if config.get(key):
+            raise ValueError(f"{key}: {refused}")
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise ValueError(f"timestep_type: expected 'discrete', got {config['timestep_type']!r:.80}")
+    variance = config.get("variance_type")
+    if variance == "learned":
+        raise ValueError("variance_type: 'learned' (not 'learned_range') is not supported")
+    return Training(
+        DDPMSchedule(_betas(config)),
+        _PREDICTS[_prediction(config)],
+        "index",
+        variance="learned_range" if variance == "learned_range" else None,
+    )
+
+
+def _prediction(config: Mapping[str, Any]) -> str:
+    # Releases before 0.10 had a flag in place of the name.
+    default = "sample" if config.get("predict_epsilon") is False else "epsilon"
+    prediction = config.get("prediction_type") or default
+    if prediction not in _PREDICTS:
+        known = ", ".join(_PREDICTS)
+        raise ValueError(f"prediction_type: expected one of {known}, got {prediction!r:.80}")
+    return prediction
+
+
+def _betas(config: Mapping[str, Any]) -> Any:
+    """β_i, i = 0 … N−1, by the schedule's formula in float64."""
+    if config.get("trained_betas") is not None:
+        return np.asarray(config["trained_betas"], dtype=np.float64)
+    levels, kind = _count(config, "num_train_timesteps"), config.get("beta_schedule")
+    if kind == "squaredcos_cap_v2":
+        return DDPMSchedule.cosine(levels).betas
+    low, high = _number(config, "beta_start"), _number(config, "beta_end")
+    if kind == "linear":
+        return np.linspace(low, high, levels)
+    if kind == "scaled_linear":
+        return np.linspace(low**0.5, high**0.5, levels) ** 2
+    if kind == "sigmoid":
+        return low + (high - low) / (1 + np.exp(-np.linspace(-6, 6, levels)))
+    known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid"
+    raise ValueError(f"beta_schedule: expected one of {known}, got {kind!r:.80}")
+
+
+def _number(config: Mapping[str, Any], key: str) -> float:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ValueError(f"{key}: expected a number ≥ 0, got {value!r:.80}")
+    return float(value)
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1_000_000:
+        raise ValueError(f"{key}: expected an integer in 1 … 1000000, got {value!r:.80}")
+    return value
+
+
+def _model(network: nn.Module, config: Mapping[str, Any], trained: Training) -> ScoreModel:
+    inputs, outputs = config.get("in_channels"), config.get("out_channels")
+    expected = inputs if trained.variance is None or inputs is None else 2 * inputs
+    if outputs != expected:
+        raise ValueError(
+            f"out_channels: expected {expected} for in_channels = {inputs} and variance "
+            f"{trained.variance!r}, got {outputs}"
+        )
+    size = config.get("sample_size")
+    sizes = (size, size) if isinstance(size, int) else size
+    return ScoreModel(
+        Output(network, trained.sign),
+        predicts=trained.predicts,
+        time=trained.time,
+        sde=trained.sde,
+        sample_shape=(inputs, *sizes) if inputs and sizes else None,
+        sigma_data=trained.sigma_data,
+        variance=trained.variance,
+    )
+
+
+def _folder(source: str | os.PathLike[str]) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise unreadable(source, "expected the folder of a network or a pipeline, this is a file")
+    if not isinstance(source, str) or not _REPOSITORY.fullmatch(source):
+        raise FileNotFoundError(f"folder {os.fspath(source)!r} does not exist")
+    hub = _import("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # whatever its HTTP library raises: no such repository, no network
+        raise FileNotFoundError(
+            f"there is no folder {source!r}, and the Hugging Face Hub did not give it: {error}"
+        ) from error
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        problem = f"this needs {name}, which cannot be imported ({error}); {_INSTALL}"
+        raise ImportError(problem) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"file {os.fspath(path)!r} does not exist")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise unreadable(path, f"it is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise unreadable(path, f"expected an object, it holds a {type(value).__name__}")
+    return value
+
+
+def _read_network(home: Path, config: dict[str, Any]) -> nn.Module:
+    shapes = _shapes(home)
+    with _naming(home / "config.json"):
+        _bound(config, shapes)
+    build: Callable[..., Any] = _import("diffusers").UNet2DModel.from_pretrained
+    try:
+        network, info = build(
+            os.fspath(home),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            low_cpu_mem_usage=False,  # True needs another package
+            torch_dtype=torch.float32,
+        )
+    except Exception as error:  # diffusers raises of all kinds for a configuration or weights
+        raise unreadable(home, f"diffusers cannot read it: {error}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(problem):
+            raise unreadable(home, f"{problem.replace('_', ' ')}: {min(map(str, info[problem]))}")
+    return network.eval()
+
+
+def _shapes(home: Path) -> list[int]:
+    """The number of elements of every tensor in the folder's safetensors files."""
+    files = sorted(home.glob("diffusion_pytorch_model*.safetensors"))
+    if not files:
+        others = sorted(file.name for pattern in ("*.bin", "*.pt*") for file in home.glob(pattern))
+        if others:
+            raise unreadable(
+                home / others[0],
+                "only safetensors are read, and this is a pickle; convert it where you trust it: "
+                "UNet2DModel.from_pretrained(…).save_pretrained(…, safe_serialization=True)",
+            )
+        raise FileNotFoundError(f"no diffusion_pytorch_model.safetensors in {os.fspath(home)!r}")
+    sizes = []
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="pt") as tensors:
+                shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            problem = f"it is no safetensors file or is cut off ({error})"
+            raise unreadable(file, problem) from error
+        sizes += [int(np.prod(shape, dtype=np.float64)) for shape in shapes]
+    return sizes
+
+
+def _bound(config: dict[str, Any], sizes: list[int]) -> None:
+    """Refuse a configuration that asks for far more than the weights hold, before it is built."""
+    widths = config.get("block_out_channels")
+    if not isinstance(widths, list) or not all(type(w) is int and w > 0 for w in widths):
+        raise ValueError(f"block_out_channels: expected integers ≥ 1, got {widths!r:.80}")
+    blocks = len(widths) * _count(config, "layers_per_block")
+    if blocks > len(sizes):
+        raise ValueError(f"{blocks} blocks, but the files hold {len(sizes)} tensors")
+    largest = max(sizes, default=0)
+    embedding = config.get("time_embedding_dim") or 4 * widths[0]
+    classes = config.get("num_class_embeds") or 0
+    channels = [config.get(key) or 0 for key in ("in_channels", "out_channels")]
+    for needed in (9 * max(widths) ** 2, embedding**2, classes, *channels):
+        if needed > largest:
+            raise ValueError(
+                f"a tensor of {needed} elements, the largest of the files has {largest}"
+            )
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors about a configuration name the file that it stands in."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise unreadable(path, str(error)) from error
