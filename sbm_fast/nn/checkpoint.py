@@ -6,6 +6,8 @@ The header of a safetensors file holds strings. One of them, ``sbm_fast``, is a 
      "sde": {"class": "VPSDE", "beta_min": 0.1, "beta_max": 20.0} or null,
      "sample_shape": [1, 8, 8] or null, "sigma_data": 0.5, "metadata": {...}}
 
+and "null_cond" and "variance" where the network has them.
+
 It is one entry, not several, so that the same weights always give the same bytes.
 """
 
@@ -15,7 +17,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import safetensors
@@ -23,13 +25,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from sbm_fast.nn.embedding import Embedding
+
 if TYPE_CHECKING:
-    from sbm_fast.nn.unet import UNet
+    from sbm_fast.nn.network import Network
     from sbm_fast.sde import SDE
 
+T = TypeVar("T", bound="Network")
 VERSION = 1
 _KEY = "sbm_fast"
 _ATTRIBUTES = ("predicts", "time", "sample_shape", "sigma_data")
+_OPTIONAL = ("null_cond", "variance")
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What a checkpoint may name; a class name from a file is never looked up anywhere else.
 _SDES = {
@@ -43,56 +49,71 @@ _SDES = {
 
 
 def save(
-    model: UNet,
+    model: Network,
     path: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Write ``model`` to ``path``; see `UNet.save`."""
+    """Write ``model`` to ``path``; see `Network.save`."""
     if dtype is not None and dtype not in _STORED:
         raise ValueError(f"dtype must be a float type of torch, got {dtype}")
     if callable(model.time):
         raise TypeError("a network whose time is a callable cannot be saved: name one of the times")
+    name = type(model).__name__
+    if classes().get(name) is not type(model):
+        raise TypeError(f"only {', '.join(classes())} can be saved, got {name}")
     header = {
-        "class": type(model).__name__,
+        "class": name,
         "version": VERSION,
         "config": model.config,
         **{name: getattr(model, name) for name in _ATTRIBUTES},
         "sde": describe_sde(model.sde),
         "metadata": model.metadata if metadata is None else metadata,
     }
+    header |= {key: value for key in _OPTIONAL if (value := getattr(model, key)) is not None}
+    exact = {f"{key}.frequencies" for key, m in model.named_modules() if isinstance(m, Embedding)}
     weights = {
-        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        for name, tensor in model.state_dict().items()
+        key: tensor.detach().to("cpu", None if key in exact else dtype).contiguous()
+        for key, tensor in model.state_dict().items()
     }
     data = safetensors.torch.save(weights, {_KEY: json.dumps(header)})
     _write(Path(path), data)
 
 
-def load(
-    cls: type[UNet], path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
-) -> UNet:
-    """Read a ``cls`` from ``path``; see `UNet.load`."""
+def load(cls: type[T], path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> T:
+    """Read a ``cls`` from ``path``; see `Network.load`."""
     header, weights = _read(path)
-    if header.get("class") != cls.__name__:
+    stored_class = classes().get(header.get("class", ""))
+    if stored_class is None or not issubclass(stored_class, cls):
         raise _bad(path, f"it holds a {header.get('class')!r}, not a {cls.__name__!r}")
     config = header.get("config")
     if not isinstance(config, dict):
         raise _bad(path, "its header has no 'config' object")
     try:
         attributes = {name: header[name] for name in _ATTRIBUTES}
+        attributes |= {name: header[name] for name in _OPTIONAL if name in header}
         kwargs = {**config, **attributes, "sde": build_sde(header["sde"])}
-        model = _build(cls, kwargs, weights)
+        model = _build(stored_class, config, kwargs, weights)
     except KeyError as error:
         raise _bad(path, f"its header lacks {error}") from error
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise _bad(path, f"its configuration is not usable: {error}") from error
-    stored = next(iter(weights.values())).dtype
+    stored = min((tensor.dtype for tensor in weights.values()), key=lambda kind: kind.itemsize)
     model.to(dtype or stored).load_state_dict(weights)
     metadata = header.get("metadata")
     model.metadata = metadata if isinstance(metadata, dict) else {}
     return model
+
+
+def classes() -> dict[str, type[Network]]:
+    """The networks that a checkpoint may name; a name from a file is never looked up elsewhere."""
+    from sbm_fast.nn.adm import ADM
+    from sbm_fast.nn.ncsnpp import DDPM, NCSNpp
+    from sbm_fast.nn.songunet import SongUNet
+    from sbm_fast.nn.unet import UNet
+
+    return {"UNet": UNet, "NCSNpp": NCSNpp, "DDPM": DDPM, "SongUNet": SongUNet, "ADM": ADM}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -162,8 +183,10 @@ def _read(
     return header, tensors
 
 
-def _build(cls: type[UNet], kwargs: dict[str, Any], weights: dict[str, Tensor]) -> UNet:
-    _bound(kwargs, weights)
+def _build(
+    cls: type[T], config: dict[str, Any], kwargs: dict[str, Any], weights: dict[str, Tensor]
+) -> T:
+    _bound(cls, config, weights)
     # Its initial weights are drawn and thrown away; the generator is left as it was.
     with torch.random.fork_rng(devices=[]):
         model = cls(**kwargs)
@@ -171,29 +194,21 @@ def _build(cls: type[UNet], kwargs: dict[str, Any], weights: dict[str, Tensor]) 
     return model
 
 
-def _bound(kwargs: dict[str, Any], weights: dict[str, Tensor]) -> None:
+def _bound(cls: type[Network], config: dict[str, Any], weights: dict[str, Tensor]) -> None:
     """Refuse a configuration that asks for far more than the file holds, before it is allocated.
 
     A few bytes of JSON can ask for terabytes. Building on the meta device would show the shapes as
     well, but its first use imports for seconds.
     """
-    config = {key: kwargs[key] for key in ("channel_mult", "blocks_per_level", "middle_blocks")}
-    sizes = ("in_channels", "out_channels", "channels", "embedding_width")
-    config |= {key: kwargs[key] for key in sizes}
-    numbers = [*config.pop("channel_mult"), *config.values()]
-    if not all(type(number) is int and number > 0 for number in numbers):
+    numbers: list[Any] = []
+    for name in cls.SIZES:
+        value = config[name]
+        numbers += value if isinstance(value, list) else [value]
+    if not all(type(number) is int and number >= 0 for number in numbers):
         return  # the constructor names what is wrong
-    levels = kwargs["channel_mult"]
-    blocks = len(levels) * config["blocks_per_level"] + config["middle_blocks"]
+    blocks, least = cls.demands(config)
     if blocks > len(weights):
         raise ValueError(f"{blocks} blocks, but the file holds {len(weights)} tensors")
-    widest = config["channels"] * max(levels)
-    least = {
-        f"convolutions of {widest} channels": 9 * widest**2,
-        f"in_channels {config['in_channels']}": 9 * config["in_channels"],
-        f"out_channels {config['out_channels']}": 9 * config["out_channels"],
-        f"embedding_width {config['embedding_width']}": config["embedding_width"] ** 2,
-    }
     largest = max((tensor.numel() for tensor in weights.values()), default=0)
     for what, size in least.items():
         if size > largest:

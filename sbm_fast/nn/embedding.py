@@ -3,54 +3,109 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+ORDERS = ("cos_sin", "sin_cos")
 
-class PositionalEmbedding(nn.Module):
-    """Sinusoidal embedding: label l [B] -> (cos(w_k l), sin(w_k l)) [B, channels].
 
-    w_k = max_period^(-k/(K-1)) for k = 0..K-1 and K = channels/2 (Vaswani et al. 2017, sec. 3.5; Ho
-    et al. 2020). The frequencies span 1 ... 1/max_period, which suits labels of order 1000
-    (``time="999t"`` or ``"index"``).
+class Embedding(nn.Module):
+    """Label [B] -> (cos a, sin a) or (sin a, cos a) [B, channels] with angles a [B, channels/2].
+
+    Angles go up to thousands of radians, where half precision knows nothing of the phase. So the
+    frequencies stay float32 (or float64) when the network is converted to bf16 or fp16.
 
     Raises:
-        ValueError: ``channels`` is odd or below 4.
+        ValueError: ``channels`` is odd or below 4, ``order`` is unknown.
     """
 
     frequencies: Tensor
 
-    def __init__(self, channels: int, max_period: float = 10_000.0) -> None:
+    def __init__(self, channels: int, order: str) -> None:
         super().__init__()
-        half = _half(channels)
-        exponent = torch.arange(half, dtype=torch.float64) / (half - 1)
+        if channels < 4 or channels % 2:
+            raise ValueError(f"channels of a time embedding must be even and >= 4, got {channels}")
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+        self.pairs, self.order = channels // 2, order
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        if self.frequencies.dtype not in (torch.float32, torch.float64):
+            self.frequencies = exact.to(self.frequencies.device)
+        return self
+
+    def angle(self, label: Tensor) -> Tensor:
+        """[B] -> [B, channels/2]."""
+        return torch.outer(label.float(), self.frequencies.float())
+
+    def forward(self, label: Tensor) -> Tensor:
+        angle = self.angle(label)
+        pair = (angle.cos(), angle.sin())
+        return torch.cat(pair if self.order == "cos_sin" else pair[::-1], dim=1)
+
+
+class PositionalEmbedding(Embedding):
+    """Sinusoidal embedding, a = w_k l.
+
+    w_k = max_period^(-k/(K-1)) for k = 0..K-1 and K = channels/2 (Vaswani et al. 2017, sec. 3.5; Ho
+    et al. 2020), so that the frequencies span 1 ... 1/max_period; ``endpoint=False``:
+    max_period^(-k/K) (Dhariwal & Nichol 2021). Suits labels of order 1000 (``time="999t"`` or
+    ``"index"``).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        max_period: float = 10_000.0,
+        *,
+        endpoint: bool = True,
+        order: str = "cos_sin",
+    ) -> None:
+        super().__init__(channels, order)
+        last = self.pairs - 1 if endpoint else self.pairs
+        exponent = torch.arange(self.pairs, dtype=torch.float64) / last
         frequencies = torch.exp(-math.log(max_period) * exponent).float()
         # Rebuilt from the configuration on load, hence not part of the weights.
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def forward(self, label: Tensor) -> Tensor:
-        return _cos_sin(label, self.frequencies)
 
+class FourierEmbedding(Embedding):
+    """Random Fourier features, a = w_k l with w_k ~ N(0, (2 pi scale)^2).
 
-class FourierEmbedding(nn.Module):
-    """Random Fourier features: label l [B] -> (cos(2 pi w_k l), sin(2 pi w_k l)) [B, channels].
-
-    w_k ~ N(0, scale^2), drawn once and stored with the weights (Tancik et al. 2020; Song et al.
-    2021, sec. G uses scale 16 on ln sigma). Labels of order 1 want a scale near 1.
-
-    Raises:
-        ValueError: ``channels`` is odd or below 4.
+    Drawn once and stored with the weights (Tancik et al. 2020; Song et al. 2021, sec. G uses scale
+    16 on ln sigma). Labels of order 1 want a scale near 1.
     """
 
-    frequencies: Tensor
+    def __init__(self, channels: int, scale: float = 1.0, *, order: str = "cos_sin") -> None:
+        super().__init__(channels, order)
+        self.register_buffer("frequencies", torch.randn(self.pairs) * (2 * math.pi * scale))
 
-    def __init__(self, channels: int, scale: float = 1.0) -> None:
-        super().__init__()
-        self.register_buffer("frequencies", torch.randn(_half(channels)) * (2 * math.pi * scale))
 
-    def forward(self, label: Tensor) -> Tensor:
-        return _cos_sin(label, self.frequencies)
+class TurnsEmbedding(Embedding):
+    """Random Fourier features, a = 2 pi w_k l with w_k ~ N(0, scale^2) stored.
+
+    At scale 16 an angle is so large that its rounding shows in the fifth digit of the embedding.
+    So the product is made in the order of the published code: (w l) 2 pi in score_sde's, and
+    (2 pi w) l with ``angular=True`` in EDM's.
+    """
+
+    def __init__(
+        self, channels: int, scale: float, *, angular: bool = False, order: str = "sin_cos"
+    ) -> None:
+        super().__init__(channels, order)
+        self.angular = angular
+        self.register_buffer("frequencies", torch.randn(self.pairs) * scale)
+
+    def angle(self, label: Tensor) -> Tensor:
+        label, turns = label.float(), self.frequencies.float()
+        if self.angular:
+            return torch.outer(label, 2 * math.pi * turns)
+        return torch.outer(label, turns) * (2 * math.pi)
 
 
 class TimeEmbedding(nn.Module):
@@ -66,17 +121,9 @@ class TimeEmbedding(nn.Module):
         self.linear2 = nn.Linear(width, width)
 
     def forward(self, label: Tensor) -> Tensor:
-        features = self.features(label).to(self.linear1.weight.dtype)
-        return nn.functional.silu(self.linear2(nn.functional.silu(self.linear1(features))))
+        return self.join(self.features(label))
 
-
-def _half(channels: int) -> int:
-    if channels < 4 or channels % 2:
-        raise ValueError(f"channels of a time embedding must be even and >= 4, got {channels}")
-    return channels // 2
-
-
-def _cos_sin(label: Tensor, frequencies: Tensor) -> Tensor:
-    # Labels up to 1000 lose their fraction in bf16 or fp16: the angle is always float32.
-    angle = torch.outer(label.float(), frequencies.float())
-    return torch.cat((angle.cos(), angle.sin()), dim=1)
+    def join(self, features: Tensor) -> Tensor:
+        """What follows the features [B, channels], to which a network may have added others."""
+        hidden = nn.functional.silu(self.linear1(features.to(self.linear1.weight.dtype)))
+        return nn.functional.silu(self.linear2(hidden))

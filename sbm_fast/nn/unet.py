@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sbm_fast.nn import checkpoint
+from sbm_fast.nn import options
 from sbm_fast.nn.blocks import (
     Downsample,
     ResidualBlock,
@@ -19,26 +19,18 @@ from sbm_fast.nn.blocks import (
     group_norm,
     zero,
 )
+from sbm_fast.nn.conv import Conv2d
 from sbm_fast.nn.embedding import FourierEmbedding, PositionalEmbedding, TimeEmbedding
-
-if TYPE_CHECKING:
-    from sbm_fast.sde import SDE
-
-PREDICTIONS = ("score", "eps", "x0", "v", "edm")
-TIMES = ("t", "999t", "index", "sigma", "log_sigma", "edm")
+from sbm_fast.nn.network import Network
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """U-Net F(x, label): x [B, in_channels, H, W], label [B] -> [B, out_channels, H, W].
 
     A level is ``blocks_per_level`` residual blocks of ``channels * channel_mult[level]`` channels,
     at half the size of the level before. The decoder mirrors the encoder and takes the output of
     each encoder block by concatenation (Ronneberger et al. 2015; Ho et al. 2020, sec. B). The last
     convolution starts at zero: a new network returns 0.
-
-    The module carries ``predicts``, ``time``, ``sde``, ``sample_shape`` and ``sigma_data``, which
-    is what `sbm_fast.as_score_model` asks of a network: ``sbm_fast.sample(unet, sde)`` needs no
-    wrapper.
 
     Args:
         in_channels: channels of x.
@@ -60,13 +52,16 @@ class UNet(nn.Module):
         dropout: probability, inside the residual blocks.
         predicts: "score", "eps", "x0", "v" or "edm", see `sbm_fast.parameterization`.
         time: what ``label`` is: "t", "999t", "index", "sigma", "log_sigma", "edm" or a callable.
-        sde: the SDE that the network is trained under; None: the one it is run under.
-        sample_shape: shape of one sample without the batch, for ``sample(shape=None)``.
-        sigma_data: standard deviation of the data (only "edm" uses it).
+        carried: sde, sample_shape, sigma_data, null_cond; see `Network`.
 
     Raises:
         TypeError, ValueError: an argument is outside these ranges; the message names it.
     """
+
+    SIZES = (
+        *("in_channels", "out_channels", "channels", "channel_mult", "blocks_per_level"),
+        *("middle_blocks", "embedding_width"),
+    )
 
     def __init__(
         self,
@@ -88,69 +83,60 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         predicts: str = "eps",
         time: str | Callable[..., Any] = "999t",
-        sde: SDE | None = None,
-        sample_shape: Sequence[int] | None = None,
-        sigma_data: float = 0.5,
+        **carried: Any,
     ) -> None:
-        super().__init__()
-        self.config: dict[str, Any] = {
-            "in_channels": _positive("in_channels", in_channels),
-            "out_channels": _positive(
+        config = {
+            "in_channels": options.positive("in_channels", in_channels),
+            "out_channels": options.positive(
                 "out_channels", in_channels if out_channels is None else out_channels
             ),
-            "channels": _positive("channels", channels),
-            "channel_mult": _positives("channel_mult", channel_mult),
-            "blocks_per_level": _positive("blocks_per_level", blocks_per_level),
-            "middle_blocks": _positive("middle_blocks", middle_blocks),
-            "attention_levels": _levels(attention_levels, len(channel_mult)),
-            "heads": _positive("heads", heads),
-            "embedding": _choice("embedding", embedding, ("positional", "fourier")),
-            "embedding_scale": _real(
+            "channels": options.positive("channels", channels),
+            "channel_mult": options.positives("channel_mult", channel_mult),
+            "blocks_per_level": options.positive("blocks_per_level", blocks_per_level),
+            "middle_blocks": options.positive("middle_blocks", middle_blocks),
+            "attention_levels": options.levels(attention_levels, len(channel_mult)),
+            "heads": options.positive("heads", heads),
+            "embedding": options.choice("embedding", embedding, ("positional", "fourier")),
+            "embedding_scale": options.real(
                 "embedding_scale",
                 _SCALES[embedding] if embedding_scale is None else embedding_scale,
             ),
-            "embedding_width": _positive(
+            "embedding_width": options.positive(
                 "embedding_width", 4 * channels if embedding_width is None else embedding_width
             ),
-            "group_size": _positive("group_size", group_size),
-            "resample_conv": _flag("resample_conv", resample_conv),
-            "film": _flag("film", film),
-            "dropout": _probability("dropout", dropout),
+            "group_size": options.positive("group_size", group_size),
+            "resample_conv": options.flag("resample_conv", resample_conv),
+            "film": options.flag("film", film),
+            "dropout": options.probability("dropout", dropout),
         }
-        self.predicts = _choice("predicts", predicts, PREDICTIONS)
-        self.time = time if callable(time) else _choice("time", time, TIMES)
-        self.sde = sde
-        self.sample_shape = None if sample_shape is None else _shape(sample_shape, in_channels)
-        self.sigma_data = _real("sigma_data", sigma_data)
-        self.metadata: dict[str, Any] = {}
+        super().__init__(config, predicts=predicts, time=time, **carried)
         self._build()
-        # oneDNN and cuDNN run these convolutions up to three times as fast on NHWC; the weights'
-        # layout decides, so x may come in either.
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._finish()
 
     def _build(self) -> None:
         c = self.config
         width, emb = c["channels"], c["embedding_width"]
         widths = [width * mult for mult in c["channel_mult"]]
+        norm = partial(group_norm, group_size=c["group_size"])
 
         def stage(inputs: int, level: int, *, attend: bool = True) -> Stage:
             block = ResidualBlock(
                 inputs,
                 widths[level],
                 emb,
-                group_size=c["group_size"],
+                norm=norm,
                 film=c["film"],
                 dropout=c["dropout"],
             )
             if not attend or level not in c["attention_levels"]:
                 return Stage(block)
-            attention = SelfAttention(widths[level], c["heads"], group_size=c["group_size"])
+            attention = SelfAttention(widths[level], c["heads"], norm=norm)
             return Stage(block, attention)
 
         even = max(4, width + width % 2)
         features = PositionalEmbedding if c["embedding"] == "positional" else FourierEmbedding
         self.embed = TimeEmbedding(features(even, c["embedding_scale"]), even, emb)
-        self.first = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
+        self.first = Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.encoder, self.middle, self.decoder = (nn.ModuleList() for _ in range(3))
         now, deepest = widths[0], len(widths) - 1
         for level, outputs in enumerate(widths):
@@ -167,141 +153,47 @@ class UNet(nn.Module):
                 now = widths[level]
             if level > 0:
                 self.decoder.append(Upsample(now, conv=c["resample_conv"]))
-        self.norm = group_norm(now, c["group_size"])
-        self.last = zero(nn.Conv2d(now, c["out_channels"], 3, padding=1))
+        self.norm = norm(now)
+        self.last = zero(Conv2d(now, c["out_channels"], 3, padding=1))
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        """F(x, label); x [B, in_channels, H, W] with H, W divisible by 2^(levels-1), label [B].
+    def time_part(self, label: Tensor) -> Tensor:
+        return self.embed(label)
 
-        Raises:
-            ValueError: x or label has another shape.
-        """
-        self._check(x, label)
-        emb = self.embed(label)
+    def body(self, x: Tensor, vs: Sequence[Tensor | None], scale: Tensor | None) -> Tensor:
+        """F of the image; see `Network.body`."""
+        ahead = iter(vs)
         h = self.first(x)
         skips = []
         for module in self.encoder:
             if isinstance(module, Stage):
-                h = module(h, emb)
+                h = module(h, next(ahead))
                 skips.append(h)
             else:
                 h = module(h)
         for module in self.middle:
-            h = module(h, emb)
+            h = module(h, next(ahead))
         for module in self.decoder:
             if isinstance(module, Stage):
-                h = module(torch.cat((h, skips.pop()), dim=1), emb)
+                h = module(torch.cat((h, skips.pop()), dim=1), next(ahead))
             else:
                 h = module(h)
-        return self.last(nn.functional.silu(self.norm(h)))
+        return self.last(self.norm(h))
 
-    def _check(self, x: Tensor, label: Tensor) -> None:
-        channels = self.config["in_channels"]
-        factor = 2 ** (len(self.config["channel_mult"]) - 1)
-        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(
-                f"x must be [B, {channels}, H, W] with H and W divisible by {factor}, "
-                f"got {list(x.shape)}"
-            )
-        if label.shape != x.shape[:1]:
-            raise ValueError(f"label must be [{x.shape[0]}] as the batch, got {list(label.shape)}")
-
-    def num_parameters(self) -> int:
-        """Number of trainable scalars."""
-        return sum(p.numel() for p in self.parameters())
-
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        metadata: dict[str, Any] | None = None,
-    ) -> None:
-        """Write weights, configuration and ``metadata`` (JSON values) to a safetensors file.
-
-        ``dtype`` (float32, float16, bfloat16) is the storage type, None: as they are. The file
-        appears whole or not at all.
-
-        Raises:
-            TypeError: ``time`` is a callable or the SDE is of an unknown class.
-        """
-        checkpoint.save(self, path, dtype=dtype, metadata=metadata)
+    @property
+    def factor(self) -> int:
+        return 2 ** (len(self.config["channel_mult"]) - 1)
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], *, dtype: torch.dtype | None = torch.float32
-    ) -> UNet:
-        """Read what `save` wrote; nothing from the file is executed.
-
-        ``dtype`` is the type of the weights, None: as stored. ``metadata`` of the result holds
-        what was given to `save`.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is no safetensors file, is cut off, was written by something else, or its
-                configuration does not fit its weights; the message names the file and the problem.
-        """
-        return checkpoint.load(cls, path, dtype=dtype)
+    def demands(cls, config: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
+        c, levels = config, config["channel_mult"]
+        widest = c["channels"] * max(levels, default=0)
+        sizes = {
+            f"convolutions of {widest} channels": 9 * widest**2,
+            f"in_channels {c['in_channels']}": 9 * c["in_channels"],
+            f"out_channels {c['out_channels']}": 9 * c["out_channels"],
+            f"embedding_width {c['embedding_width']}": c["embedding_width"] ** 2,
+        }
+        return len(levels) * c["blocks_per_level"] + c["middle_blocks"], sizes
 
 
 _SCALES = {"positional": 10_000.0, "fourier": 1.0}
-
-
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be >= 1, got {value}")
-    return value
-
-
-def _positives(name: str, values: Any) -> tuple[int, ...]:
-    if not isinstance(values, (list, tuple)) or not values:
-        raise TypeError(f"{name} must be a non-empty list or tuple of ints, got {values!r}")
-    return tuple(_positive(name, value) for value in values)
-
-
-def _levels(levels: Any, count: int) -> tuple[int, ...]:
-    if not isinstance(levels, (list, tuple)):
-        raise TypeError(f"attention_levels must be a list or tuple of ints, got {levels!r}")
-    for level in levels:
-        if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level < count:
-            raise ValueError(f"attention_levels must lie in 0..{count - 1}, got {level!r}")
-    return tuple(sorted(set(levels)))
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
-    return value
-
-
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return value
-
-
-def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return float(value)
-
-
-def _probability(name: str, value: Any) -> float:
-    return 0.0 if value == 0 else _below_one(name, _real(name, value))
-
-
-def _below_one(name: str, value: float) -> float:
-    if value >= 1:
-        raise ValueError(f"{name} must lie in [0, 1), got {value}")
-    return value
-
-
-def _shape(shape: Any, channels: int) -> tuple[int, ...]:
-    sizes = _positives("sample_shape", tuple(shape))
-    if len(sizes) != 3 or sizes[0] != channels:
-        raise ValueError(f"sample_shape must be ({channels}, H, W), got {sizes}")
-    return sizes

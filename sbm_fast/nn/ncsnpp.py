@@ -1,0 +1,412 @@
+"""The networks of score_sde: `NCSNpp` (NCSN++ and DDPM++) and `DDPM` (Song et al. 2021, app. H)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sbm_fast.nn import options, resample
+from sbm_fast.nn.blocks import (
+    Downsample,
+    Norm,
+    ResidualBlock,
+    SelfAttention,
+    Upsample,
+    capped_norm,
+)
+from sbm_fast.nn.embedding import PositionalEmbedding, TimeEmbedding, TurnsEmbedding
+from sbm_fast.nn.levels import Design, InputSkip, LevelNetwork
+from sbm_fast.nn.peer_weights import PeerTensor, join, tensors_of
+
+EPS = 1e-6
+_ATTENTION_GAIN = math.sqrt(0.1)
+
+
+class ScoreSDENetwork(LevelNetwork):
+    """What `NCSNpp` and `DDPM` share: labels, the range of the data, and the published weights.
+
+    x is data in [0, 1] and brought to [−1, 1] (``centered=False``), or in [−1, 1] already. With
+    ``scale_by_sigma`` the output is divided by σ: the label itself for Fourier features, otherwise
+    that of level ``label`` of a geometric ladder of ``num_scales`` levels from ``sigma_max`` down
+    to ``sigma_min``.
+
+    score_sde numbers such a ladder from the largest σ down, `NCSNLadder` from the smallest up.
+    ``ascending_labels`` says that labels count as the latter does (``time="index"``), and are
+    turned round here.
+    """
+
+    def _common(
+        self,
+        *,
+        image_size: int,
+        in_channels: int,
+        channels: int,
+        channel_mult: Sequence[int],
+        num_blocks: int,
+        attention_resolutions: Sequence[int],
+        conditional: bool,
+        resample_conv: bool,
+        scale_by_sigma: bool,
+        centered: bool,
+        sigma_min: float,
+        sigma_max: float,
+        num_scales: int,
+        ascending_labels: bool,
+        nonlinearity: str,
+        dropout: float,
+    ) -> dict[str, Any]:
+        """The checked arguments that both classes have."""
+        return {
+            "image_size": options.positive("image_size", image_size),
+            "in_channels": options.positive("in_channels", in_channels),
+            "out_channels": in_channels,
+            "channels": options.positive("channels", channels),
+            "channel_mult": options.positives("channel_mult", channel_mult),
+            "num_blocks": options.positive("num_blocks", num_blocks),
+            "attention_resolutions": options.resolutions(attention_resolutions),
+            "conditional": options.flag("conditional", conditional),
+            "resample_conv": options.flag("resample_conv", resample_conv),
+            "scale_by_sigma": options.flag("scale_by_sigma", scale_by_sigma),
+            "centered": options.flag("centered", centered),
+            "sigma_min": options.real("sigma_min", sigma_min),
+            "sigma_max": options.real("sigma_max", sigma_max),
+            "num_scales": options.positive("num_scales", num_scales),
+            "ascending_labels": options.flag("ascending_labels", ascending_labels),
+            "nonlinearity": options.choice("nonlinearity", nonlinearity, ("swish",)),
+            "dropout": options.probability("dropout", dropout),
+        }
+
+    def _embed(self, fourier_scale: float | None) -> nn.Module:
+        """Features of the label, and the MLP behind them where the network is conditional."""
+        channels = self.config["channels"]
+        features: nn.Module
+        if fourier_scale is None:
+            features = PositionalEmbedding(channels, order="sin_cos")
+        else:
+            channels *= 2
+            features = TurnsEmbedding(channels, fourier_scale)
+        if not self.config["conditional"]:
+            return features
+        return TimeEmbedding(features, channels, 4 * self.config["channels"])
+
+    def _level(self, label: Tensor) -> Tensor:
+        """``label`` as score_sde counts."""
+        return self.config["num_scales"] - 1 - label if self.config["ascending_labels"] else label
+
+    def time_part(self, label: Tensor) -> Tensor:
+        return self.embed(self._level(label))
+
+    def output_scale(self, label: Tensor) -> Tensor | None:
+        c = self.config
+        if not c["scale_by_sigma"]:
+            return None
+        low, high = math.log(c["sigma_min"]), math.log(c["sigma_max"])
+        step = (low - high) / max(c["num_scales"] - 1, 1)
+        return torch.exp(high + step * self._level(label).to(_wide(label)))
+
+    def body(self, x: Tensor, vs: Sequence[Tensor | None], scale: Tensor | None) -> Tensor:
+        return super().body(x if self.config["centered"] else 2 * x - 1, vs, scale)
+
+    def peer_tensors(self) -> list[PeerTensor]:
+        """As ``all_modules`` of score_sde, whose members are our layers in the order of their
+        registration."""
+        found: list[PeerTensor] = []
+        for number, (ours, module) in enumerate(_layers(self, "")):
+            found += _peers_of(module, ours, f"all_modules.{number}", 4 * self.config["channels"])
+        return found
+
+
+class NCSNpp(ScoreSDENetwork):
+    """NCSN++ and DDPM++ (Song et al. 2021, app. H), as ``models/ncsnpp.py`` of score_sde.
+
+    Args:
+        image_size: height and width that the levels of attention are counted from.
+        in_channels: channels of the image.
+        channels: width of the first level (nf).
+        channel_mult: width factor of each level (ch_mult).
+        num_blocks: residual blocks of a level (num_res_blocks); the decoder has one more.
+        attention_resolutions: image sizes at which blocks are followed by self-attention.
+        embedding: "fourier" (of ln label) or "positional".
+        fourier_scale: standard deviation of the Fourier frequencies, in turns.
+        conditional: whether blocks get the time at all.
+        resblock: "biggan" (resampling inside of blocks) or "ddpm" (layers between levels).
+        fir, fir_kernel: resampling by that filter instead of repetition and mean.
+        resample_conv: with "ddpm", a convolution at each resampling.
+        skip_rescale: sums are divided by √2.
+        progressive: "none", "output_skip" or "residual"; see `sbm_fast.nn.levels`.
+        progressive_input: "none", "input_skip" or "residual".
+        progressive_combine: "sum" or "cat", for "input_skip".
+        scale_by_sigma, centered, sigma_min, sigma_max, num_scales, ascending_labels: see
+            `ScoreSDENetwork`.
+        nonlinearity: "swish", the only one.
+        dropout: probability, inside of blocks.
+        carried: predicts, time, sde, sample_shape, sigma_data, null_cond; see `Network`.
+
+    Raises:
+        TypeError, ValueError: an argument is outside these ranges; the message names it.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 32,
+        in_channels: int = 3,
+        channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        num_blocks: int = 4,
+        attention_resolutions: Sequence[int] = (16,),
+        embedding: str = "positional",
+        fourier_scale: float = 16.0,
+        conditional: bool = True,
+        resblock: str = "biggan",
+        fir: bool = False,
+        fir_kernel: Sequence[float] = (1, 3, 3, 1),
+        resample_conv: bool = True,
+        skip_rescale: bool = True,
+        progressive: str = "none",
+        progressive_input: str = "none",
+        progressive_combine: str = "sum",
+        scale_by_sigma: bool = False,
+        centered: bool = True,
+        sigma_min: float = 0.01,
+        sigma_max: float = 50.0,
+        num_scales: int = 1000,
+        ascending_labels: bool = False,
+        nonlinearity: str = "swish",
+        dropout: float = 0.1,
+        predicts: str = "eps",
+        time: str | Callable[..., Any] = "999t",
+        **carried: Any,
+    ) -> None:
+        config = self._common(
+            image_size=image_size,
+            in_channels=in_channels,
+            channels=channels,
+            channel_mult=channel_mult,
+            num_blocks=num_blocks,
+            attention_resolutions=attention_resolutions,
+            conditional=conditional,
+            resample_conv=resample_conv,
+            scale_by_sigma=scale_by_sigma,
+            centered=centered,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            num_scales=num_scales,
+            ascending_labels=ascending_labels,
+            nonlinearity=nonlinearity,
+            dropout=dropout,
+        )
+        pyramids = ("none", "input_skip", "residual"), ("none", "output_skip", "residual")
+        config |= {
+            "embedding": options.choice("embedding", embedding, ("fourier", "positional")),
+            "fourier_scale": options.real("fourier_scale", fourier_scale),
+            "resblock": options.choice("resblock", resblock, ("biggan", "ddpm")),
+            "fir": options.flag("fir", fir),
+            "fir_kernel": options.fir(fir_kernel),
+            "skip_rescale": options.flag("skip_rescale", skip_rescale),
+            "progressive_input": options.choice(
+                "progressive_input", progressive_input, pyramids[0]
+            ),
+            "progressive": options.choice("progressive", progressive, pyramids[1]),
+            "progressive_combine": options.choice(
+                "progressive_combine", progressive_combine, ("sum", "cat")
+            ),
+        }
+        if embedding == "fourier" and ascending_labels:
+            raise ValueError("ascending_labels must be False with embedding 'fourier' (σ)")
+        super().__init__(config, predicts=predicts, time=time, **carried)
+        fourier = embedding == "fourier"
+        self.embed = self._embed(fourier_scale if fourier else None)
+        kernel = tuple(fir_kernel) if fir else resample.BOX
+        gain = math.sqrt(0.5) if skip_rescale else 1.0
+        norm = partial(capped_norm, eps=EPS)
+        biggan = resblock == "biggan"
+        self._build(
+            Design(
+                norm=norm,
+                block=partial(
+                    ResidualBlock,
+                    emb_channels=4 * channels if conditional else None,
+                    norm=norm,
+                    kernel=kernel,
+                    skip="project" if biggan else "auto",
+                    gain=gain,
+                    dropout=dropout,
+                ),
+                attention=partial(SelfAttention, heads=1, norm=norm, gain=gain),
+                first=channels,
+                attention_gain=_ATTENTION_GAIN,
+                kernel=kernel,
+                gain=gain,
+                conv_resampling=None if biggan else resample_conv,
+                input=progressive_input.removeprefix("input_"),
+                combine=progressive_combine,
+                output=progressive.removeprefix("output_"),
+            )
+        )
+
+    def time_part(self, label: Tensor) -> Tensor:
+        if self.config["embedding"] == "fourier":
+            return self.embed(torch.log(label.float()))
+        return super().time_part(label)
+
+    def output_scale(self, label: Tensor) -> Tensor | None:
+        if self.config["embedding"] == "fourier" and self.config["scale_by_sigma"]:
+            return label
+        return super().output_scale(label)
+
+
+class DDPM(ScoreSDENetwork):
+    """The U-Net of Ho et al. 2020, as ``models/ddpm.py`` of score_sde.
+
+    Arguments and errors as `NCSNpp`, of which it has fewer. Every GroupNorm has 32 groups.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 32,
+        in_channels: int = 3,
+        channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        num_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (16,),
+        conditional: bool = True,
+        resample_conv: bool = True,
+        scale_by_sigma: bool = False,
+        centered: bool = True,
+        sigma_min: float = 0.01,
+        sigma_max: float = 50.0,
+        num_scales: int = 1000,
+        ascending_labels: bool = False,
+        nonlinearity: str = "swish",
+        dropout: float = 0.1,
+        predicts: str = "eps",
+        time: str | Callable[..., Any] = "index",
+        **carried: Any,
+    ) -> None:
+        config = self._common(
+            image_size=image_size,
+            in_channels=in_channels,
+            channels=channels,
+            channel_mult=channel_mult,
+            num_blocks=num_blocks,
+            attention_resolutions=attention_resolutions,
+            conditional=conditional,
+            resample_conv=resample_conv,
+            scale_by_sigma=scale_by_sigma,
+            centered=centered,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            num_scales=num_scales,
+            ascending_labels=ascending_labels,
+            nonlinearity=nonlinearity,
+            dropout=dropout,
+        )
+        if channels % 32:
+            raise ValueError(f"channels must be divisible by 32 groups, got {channels}")
+        super().__init__(config, predicts=predicts, time=time, **carried)
+        self.embed = self._embed(None)
+        norm = partial(Norm, 32, eps=EPS)
+        emb = 4 * channels if conditional else None
+        self._build(
+            Design(
+                norm=norm,
+                block=partial(ResidualBlock, emb_channels=emb, norm=norm, dropout=dropout),
+                attention=partial(SelfAttention, heads=1, norm=norm),
+                first=channels,
+                attention_gain=_ATTENTION_GAIN,
+                conv_resampling=resample_conv,
+            )
+        )
+
+
+_BLOCK = {
+    "norm1": "GroupNorm_0",
+    "conv1": "Conv_0",
+    "time": "Dense_0",
+    "norm2": "GroupNorm_1",
+    "conv2": "Conv_1",
+}
+_LAYERS = (
+    ResidualBlock,
+    SelfAttention,
+    Downsample,
+    Upsample,
+    InputSkip,
+    TurnsEmbedding,
+    nn.GroupNorm,
+    nn.Conv2d,
+    nn.Linear,
+)
+
+
+def _wide(label: Tensor) -> torch.dtype:
+    return label.dtype if label.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """What is one member of ``all_modules`` there, with its name here."""
+    if isinstance(module, _LAYERS):
+        yield name, module
+        return
+    for child, part in module.named_children():
+        yield from _layers(part, join(name, child))
+
+
+def _peers_of(module: nn.Module, ours: str, theirs: str, emb: int) -> list[PeerTensor]:
+    if isinstance(module, TurnsEmbedding):
+        frequencies = join(ours, "frequencies")
+        shape = tuple(module.frequencies.shape)
+        return [PeerTensor(f"{theirs}.W", shape, frequencies, trainable=False)]
+    if isinstance(module, SelfAttention):
+        return _attention(module, ours, theirs)
+    if isinstance(module, (Downsample, Upsample)):
+        if module.conv is None:
+            return []
+        name = "Conv_0" if module.filter.box else "Conv2d_0"
+        return tensors_of(module, ours, {"conv": name}, theirs)
+    if isinstance(module, InputSkip):
+        return tensors_of(module, ours, {"conv": "Conv_0"}, theirs)
+    if not isinstance(module, ResidualBlock):
+        return tensors_of(module, ours, {"": ""}, theirs)
+    found = []
+    for own, peer in _BLOCK.items():
+        if getattr(module, own) is not None:
+            found += tensors_of(module, ours, {own: peer}, theirs)
+            continue
+        # Without time the original has these all the same, and uses them nowhere.
+        outputs = module.conv1.out_channels
+        shapes = {"weight": (outputs, emb), "bias": (outputs,)}
+        found += [PeerTensor(f"{theirs}.{peer}.{k}", shape, None) for k, shape in shapes.items()]
+    if isinstance(module.skip, nn.Identity):
+        return found
+    if module.project:
+        return found + tensors_of(module, ours, {"skip": "Conv_2"}, theirs)
+    assert isinstance(module.skip, nn.Conv2d)
+    return found + _product(module.skip, join(ours, "skip"), f"{theirs}.NIN_0", None)
+
+
+def _attention(module: SelfAttention, ours: str, theirs: str) -> list[PeerTensor]:
+    """q, k and v are products of their own there."""
+    channels = module.out.in_channels
+    found = tensors_of(module, ours, {"norm": "GroupNorm_0"}, theirs)
+    for i in range(3):
+        rows = (i * channels, (i + 1) * channels)
+        found += _product(module.qkv, join(ours, "qkv"), f"{theirs}.NIN_{i}", rows)
+    return found + _product(module.out, join(ours, "out"), f"{theirs}.NIN_3", None)
+
+
+def _product(
+    conv: nn.Conv2d, ours: str, theirs: str, rows: tuple[int, int] | None
+) -> list[PeerTensor]:
+    """ "NIN" there: W [in, out] and b [out]."""
+    outputs, inputs = conv.weight.shape[:2]
+    outputs = outputs if rows is None else rows[1] - rows[0]
+    weight = PeerTensor(f"{theirs}.W", (inputs, outputs), f"{ours}.weight", rows, "product")
+    return [weight, PeerTensor(f"{theirs}.b", (outputs,), f"{ours}.bias", rows)]

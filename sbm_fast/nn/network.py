@@ -1,0 +1,286 @@
+"""`Network`: what all networks of this package share, and `Prepared`, their time table."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sbm_fast.model import VARIANCES
+from sbm_fast.nn import checkpoint, options
+from sbm_fast.nn.blocks import ResidualBlock
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from sbm_fast.nn.peer_weights import PeerTensor
+    from sbm_fast.sde import SDE
+
+PREDICTIONS = ("score", "eps", "x0", "v", "edm")
+TIMES = ("t", "999t", "index", "sigma", "log_sigma", "edm")
+
+
+class Network(nn.Module):
+    """A network F(x, label, **cond) that knows what it predicts, its time and its SDE.
+
+    The module carries ``predicts``, ``time``, ``sde``, ``sample_shape``, ``sigma_data``,
+    ``null_cond`` and ``variance``, which is what `sbm_fast.as_score_model` asks of a network:
+    ``sbm_fast.sample(net, sde)`` needs no wrapper. ``config`` holds the other arguments of the
+    constructor as JSON values, ``metadata`` whatever belongs to the weights, ``blocks`` the
+    residual blocks in the order in which they run.
+
+    A subclass gives three functions of time and one of the image, so that `forward` and `prepare`
+    are the same formula:
+
+        part = time_part(label)            all that depends on the label only
+        emb  = embedding(part, **cond)     joined with conditioning, [B, W]
+        v_i  = time_i(emb)                 for every residual block i
+        F    = body(x, [v_1 ... v_n], output_scale(label))
+
+    Args:
+        config: the subclass's own arguments.
+        predicts: "score", "eps", "x0", "v" or "edm", see `sbm_fast.parameterization`.
+        time: what ``label`` is: "t", "999t", "index", "sigma", "log_sigma", "edm" or a callable.
+        sde: the SDE that the network is trained under; None: the one it is run under.
+        sample_shape: shape of one sample without the batch, for ``sample(shape=None)``.
+        sigma_data: standard deviation of the data (only "edm" uses it).
+        null_cond: conditioning that stands for "none" in guidance.
+        variance: "learned_range" where the second half of F's channels is that (see `ScoreModel`).
+
+    Raises:
+        TypeError, ValueError: an argument is outside these ranges; the message names it.
+    """
+
+    SIZES: ClassVar[tuple[str, ...]]
+    """Entries of ``config`` that say how large the network is: ints, or lists of ints."""
+    config: dict[str, Any]
+    blocks: tuple[ResidualBlock, ...]
+    _projections: tuple[nn.Linear, ...]
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        *,
+        predicts: str,
+        time: str | Callable[..., Any],
+        sde: SDE | None = None,
+        sample_shape: Sequence[int] | None = None,
+        sigma_data: float = 0.5,
+        null_cond: Mapping[str, Any] | None = None,
+        variance: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.predicts = options.choice("predicts", predicts, PREDICTIONS)
+        self.time = time if callable(time) else options.choice("time", time, TIMES)
+        self.sde = sde
+        self.sample_shape = (
+            None if sample_shape is None else options.shape(sample_shape, config["in_channels"])
+        )
+        self.sigma_data = options.real("sigma_data", sigma_data)
+        if null_cond is not None and not isinstance(null_cond, Mapping):
+            raise TypeError(f"null_cond must be a dict of keyword arguments, got {null_cond!r}")
+        self.null_cond = null_cond
+        self.variance = options.choice("variance", variance, VARIANCES)
+        self.metadata: dict[str, Any] = {}
+
+    @abstractmethod
+    def time_part(self, label: Tensor) -> Tensor:
+        """What depends on the label only: [B] -> [B, P]."""
+
+    def embedding(self, part: Tensor, **cond: Any) -> Tensor:
+        """``part`` [B, P] joined with the conditioning: what blocks project, [B, W]."""
+        if cond:
+            raise TypeError(f"{type(self).__name__} takes no conditioning, got {', '.join(cond)}")
+        return part
+
+    def output_scale(self, label: Tensor) -> Tensor | None:
+        """What the output is divided by, [B]; None: nothing."""
+        return None
+
+    @abstractmethod
+    def body(self, x: Tensor, vs: Sequence[Tensor | None], scale: Tensor | None) -> Tensor:
+        """F of x, the projections of all blocks in order, and `output_scale`."""
+
+    @property
+    @abstractmethod
+    def factor(self) -> int:
+        """H and W of x must be divisible by this."""
+
+    @classmethod
+    @abstractmethod
+    def demands(cls, config: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
+        """Least number of tensors, and of elements that some tensor has, by what asks for it.
+
+        Cheap to know before anything is allocated; ``config`` is unchecked but for `SIZES`.
+        """
+
+    def forward(self, x: Tensor, label: Tensor, **cond: Any) -> Tensor:
+        """F(x, label, **cond): x [B, in_channels, H, W], label [B] -> [B, out_channels, H, W].
+
+        Raises:
+            ValueError: x or label has another shape; H or W is not divisible by `factor`.
+            TypeError: a conditioning that the network does not take.
+        """
+        self._check(x)
+        if label.shape != x.shape[:1]:
+            raise ValueError(f"label must be [{x.shape[0]}] as the batch, got {list(label.shape)}")
+        if not self._projections:
+            return self.body(x, [None] * len(self.blocks), self.output_scale(label))
+        emb = self.embedding(self.time_part(label), **cond)
+        vs = [project(emb) for project in self._projections]
+        return self.body(x, vs, self.output_scale(label))
+
+    def prepare(self, labels: Tensor) -> Prepared:
+        """The network with the time of a whole plan done: labels [R] -> `Prepared`.
+
+        Raises:
+            ValueError: labels is not one-dimensional.
+        """
+        if labels.ndim != 1:
+            raise ValueError(f"labels must be [R], got {list(labels.shape)}")
+        return Prepared(self, labels)
+
+    def _finish(self) -> None:
+        """For subclasses, once their modules stand."""
+        blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
+        self.blocks = tuple(blocks)
+        self._projections = tuple(block.time for block in blocks if block.time is not None)
+        # oneDNN and cuDNN run these convolutions up to three times as fast on NHWC; the weights'
+        # layout decides, so x may come in either.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def peer_tensors(self) -> list[PeerTensor]:
+        """The parameters and buffers of the published code's module of this configuration.
+
+        In that code's order, each with its name there and where it goes here.
+
+        Raises:
+            NotImplementedError: there is no published code for this class.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no published code")
+
+    def num_parameters(self) -> int:
+        """Number of trainable scalars."""
+        return sum(p.numel() for p in self.parameters())
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Write weights, configuration and ``metadata`` (JSON values) to a safetensors file.
+
+        ``dtype`` (float32, float16, bfloat16) is the storage type, None: as they are. The
+        frequencies of a time embedding are not rounded. The file appears whole or not at all.
+
+        Raises:
+            TypeError: ``time`` is a callable, the SDE is of an unknown class, or ``null_cond`` or
+                ``metadata`` holds what JSON cannot.
+        """
+        checkpoint.save(self, path, dtype=dtype, metadata=metadata)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, dtype: torch.dtype | None = torch.float32
+    ) -> Self:
+        """Read what `save` wrote; nothing from the file is executed.
+
+        ``Network.load`` reads a network of any class, a subclass only its own. ``dtype`` is the
+        type of the weights, None: as stored. ``metadata`` of the result holds what was given to
+        `save`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no safetensors file, is cut off, was written by something else, or its
+                configuration does not fit its weights; the message names the file and the problem.
+        """
+        return checkpoint.load(cls, path, dtype=dtype)
+
+    @staticmethod
+    def from_preset(name: str, **overrides: Any) -> Network:
+        """A new network of a published configuration, see `sbm_fast.nn.presets`.
+
+        ``overrides`` replace arguments of its constructor.
+
+        Raises:
+            ValueError: there is no such preset; the message names the nearest ones.
+        """
+        from sbm_fast.nn.presets import build
+
+        return build(name, **overrides)
+
+    def _check(self, x: Tensor) -> None:
+        channels, factor = self.config["in_channels"], self.factor
+        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(
+                f"x must be [B, {channels}, H, W] with H and W divisible by {factor}, "
+                f"got {list(x.shape)}"
+            )
+
+
+class Prepared:
+    """A `Network` at the times of a plan: (x [B, ...], row [B], **cond) -> F like ``net(x, label)``
+    at label = labels[row].
+
+    Embeddings and the projections v_i of all residual blocks are made here, once, for all R labels
+    in one product with the blocks' weights one below the other; a call gathers them by ``row`` on
+    its device (no host reads), and new labels need no new graph. With conditioning, the table ends
+    at `Network.time_part`, and a call makes its v_i in one product.
+
+    The v_i differ from those of ``net(x, label)`` by the order of summation in the matrix product:
+    with W inputs and unit roundoff u, |Δv| ≤ 2 W u Σ_j |w_j e_j| (twice the bound of a dot product
+    in any order, Higham 2002, eq. 3.5), and as the embedding e itself is made of two such products.
+
+    The table holds values, not the weights: prepare again after these have changed.
+
+    Args:
+        net: the network.
+        labels: [R], at least the rows that will be asked for.
+    """
+
+    def __init__(self, net: Network, labels: Tensor) -> None:
+        self.net = net
+        self.rows = labels.shape[0]
+        projections = net._projections
+        self._table: Tensor | None = None
+        with torch.no_grad():
+            self._scale = net.output_scale(labels)
+            if not projections:
+                return
+            self._widths = [projection.out_features for projection in projections]
+            self._weight = torch.cat([projection.weight for projection in projections])
+            self._bias = torch.cat([projection.bias for projection in projections])
+            self._part = net.time_part(labels)
+            self._table = self._project(net.embedding(self._part))
+
+    def __call__(self, x: Tensor, row: Tensor, **cond: Any) -> Tensor:
+        """F [B, out_channels, H, W] of x [B, in_channels, H, W] and row [B], int32 or int64.
+
+        Raises:
+            ValueError: x or row has another shape.
+            TypeError: row holds no integers; a conditioning that the network does not take.
+        """
+        self.net._check(x)
+        if row.shape != x.shape[:1]:
+            raise ValueError(f"row must be [{x.shape[0]}] as the batch, got {list(row.shape)}")
+        if row.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"row must be int32 or int64, got {row.dtype}")
+        scale = None if self._scale is None else self._scale.index_select(0, row)
+        if self._table is None:
+            return self.net.body(x, [None] * len(self.net.blocks), scale)
+        cond = {name: value for name, value in cond.items() if value is not None}
+        if cond:
+            v = self._project(self.net.embedding(self._part.index_select(0, row), **cond))
+        else:
+            v = self._table.index_select(0, row)
+        return self.net.body(x, v.split(self._widths, dim=1), scale)
+
+    def _project(self, emb: Tensor) -> Tensor:
+        return nn.functional.linear(emb, self._weight, self._bias)

@@ -1,0 +1,98 @@
+"""Checks of the networks' constructor arguments; each error names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def positive(name: str, value: Any) -> int:
+    """``value`` if it is an int >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
+    return value
+
+
+def count(name: str, value: Any) -> int:
+    """``value`` if it is an int >= 0."""
+    return 0 if value == 0 and not isinstance(value, (bool, float)) else positive(name, value)
+
+
+def positives(name: str, values: Any) -> tuple[int, ...]:
+    """``values`` as a tuple, if it is a non-empty list or tuple of ints >= 1."""
+    if not isinstance(values, (list, tuple)) or not values:
+        raise TypeError(f"{name} must be a non-empty list or tuple of ints, got {values!r}")
+    return tuple(positive(name, value) for value in values)
+
+
+def resolutions(values: Any) -> tuple[int, ...]:
+    """Image sizes whose level has attention; they need not be sizes of a level."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"attention_resolutions must be a list or tuple of ints, got {values!r}")
+    return tuple(positive("attention_resolutions", value) for value in values)
+
+
+def levels(values: Any, number: int) -> tuple[int, ...]:
+    """``values`` sorted, if it is a list or tuple of levels below ``number``."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"attention_levels must be a list or tuple of ints, got {values!r}")
+    for level in values:
+        if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level < number:
+            raise ValueError(f"attention_levels must lie in 0..{number - 1}, got {level!r}")
+    return tuple(sorted(set(values)))
+
+
+def flag(name: str, value: Any) -> bool:
+    """``value`` if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
+    return value
+
+
+def choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """``value`` if it is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    return value
+
+
+def real(name: str, value: Any) -> float:
+    """``value`` as a float, if it is a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)
+
+
+def probability(name: str, value: Any) -> float:
+    """``value`` as a float, if it lies in [0, 1)."""
+    if value == 0:
+        return 0.0
+    if real(name, value) >= 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    return float(value)
+
+
+def shape(values: Any, channels: int) -> tuple[int, ...]:
+    """``values`` as a tuple, if it is (channels, H, W)."""
+    sizes = positives("sample_shape", tuple(values))
+    if len(sizes) != 3 or sizes[0] != channels:
+        raise ValueError(f"sample_shape must be ({channels}, H, W), got {sizes}")
+    return sizes
+
+
+def fir(values: Any) -> tuple[float, ...]:
+    """The taps of a resampling filter: 2 to 64 numbers whose sum is not 0."""
+    if not isinstance(values, (list, tuple)) or not 2 <= len(values) <= 64:
+        raise TypeError(
+            f"fir_kernel must be a list or tuple of 2 to 64 numbers, got {values!r:.200}"
+        )
+    for tap in values:
+        if isinstance(tap, bool) or not isinstance(tap, (int, float)):
+            raise TypeError(f"fir_kernel must hold numbers, got {tap!r}")
+    if not 0 < abs(sum(values)) < float("inf"):
+        raise ValueError(f"fir_kernel must have a sum other than 0, got {values!r}")
+    return tuple(values)
