@@ -247,6 +247,7 @@ class Recording:
         """Puts the run's state, keys, guidance and conditioning into the memory."""
         self.cond.copy_(run.cond)
         self.null_cond.copy_(_null_cond(run))
+        self.step.refresh()
         self.step.memory.copy_(run.memory.state())
         self.step.row.fill_(run.row)
 

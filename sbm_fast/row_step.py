@@ -88,10 +88,12 @@ class RowStep:
 
     It reads no Python value that changes from row to row, so one graph of it is every row of its
     kind (`norm`: a row whose step size depends on the data). `row` int32 [B] is where it stands;
-    the launch that advances it reads nothing else.
+    the launch that advances it reads nothing else. `by_row`: the network is called with `row`, not
+    with its time (`Prepared`).
     """
 
-    net: Callable[..., Any]
+    net: Any
+    by_row: bool
     affine_step_: Callable[..., None]
     coef: Tensor
     field: Tensor
@@ -103,6 +105,11 @@ class RowStep:
     cond: dict[str, Any]
     null_cond: dict[str, Any]
 
+    def refresh(self) -> None:
+        """Takes over the network's weights as they are now, where time tables were made of them."""
+        if self.by_row:
+            self.net.refresh()
+
     def start(self) -> None:
         """A row without evaluation."""
         self._update(None, None, None)
@@ -110,7 +117,8 @@ class RowStep:
     def __call__(self, norm: bool, check: bool = False) -> None:
         """An evaluating row. `check` holds the network to its contract, as the loop does."""
         m = self.memory
-        inputs, label = m.inputs, m.net_time.to(self.label_dtype)
+        inputs = m.inputs
+        label = self.row if self.by_row else m.net_time.to(self.label_dtype)
         versions = _versions(inputs, label) if check else ()
         network, uncond = self.net(inputs, label, **self.cond), None
         if m.guidance is not None:

@@ -6,7 +6,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sbm_fast.nn.conv import packed
+from sbm_fast.nn.network import CHUNK, Prepared, prepare
 from sbm_fast.plan import H0, NORMS, TAIL_LANES, Plan, Z
 from sbm_fast.row_inputs import RowInputs
 from sbm_fast.row_step import (
@@ -131,8 +133,10 @@ class Run:
         self, memory: Memory, row: Tensor, cond: dict[str, Any], null_cond: dict[str, Any]
     ) -> RowStep:
         """This run's rows over another memory."""
+        by_row = self._by_row(0, self.plan.rows)
         return RowStep(
-            net=self.net,
+            net=self.net if by_row is None else by_row,
+            by_row=by_row is not None,
             affine_step_=self.kernels.affine_step_,
             coef=self._table.coef,
             field=self._table.field,
@@ -144,6 +148,14 @@ class Run:
             cond=cond,
             null_cond=null_cond,
         )
+
+    def _by_row(self, begin: int, end: int) -> Prepared | None:
+        """The network with the time of these rows done, where it is one that can be prepared.
+
+        Made anew at every advance: the weights may have changed since the last one.
+        """
+        label = torch.tensor(self.plan.label[begin:end])
+        return prepare(self.net, label.to(self.memory.x.device, self._label_dtype))
 
     @property
     def x(self) -> Tensor:
@@ -194,8 +206,11 @@ class Run:
 
     def _go(self, end: int, progress: bool, callback: Callable[[Step], None] | None) -> None:
         rows = self._rows(end) if self._capture is None else self._capture.rows(self, end)
-        with eval_mode(self.net), _bar(end - self.row, progress) as bar, closing(rows):
-            for row in rows:
+        with ExitStack() as stack:
+            stack.enter_context(eval_mode(self.net))
+            stack.enter_context(packed(self.net))
+            bar = stack.enter_context(_bar(end - self.row, progress))
+            for row in stack.enter_context(closing(rows)):
                 if bar is not None:
                     bar.update()
                 if callback is not None:
@@ -213,6 +228,9 @@ class Run:
         guidance, registers, keys = m.guidance, m.registers, m.keys
         coef, field, row_numbers = table.coef, table.field, table.row_numbers
         cond, null_cond, row_inputs = self.cond, self.null_cond, self._row_inputs
+        first = self.row // CHUNK * CHUNK
+        by_row = self._by_row(first, end)
+        net = net if by_row is None else by_row
         evaluates, epsilons, step = self._evaluates, self._epsilons, self._step
         counts = not x.is_inference()  # inference tensors have no version counter
         noise, cast = None, self._label_dtype if self._label_dtype != x.dtype else None
@@ -221,7 +239,10 @@ class Run:
             if evaluates[row]:
                 begin = clock()
                 version = inputs._version if counts else 0
-                label = net_time if cast is None else net_time.to(cast)
+                if by_row is None:
+                    label = net_time if cast is None else net_time.to(cast)
+                else:
+                    label = row_numbers[row - first]
                 label_version = label._version if counts else 0
                 network = net(inputs, label, **cond)
                 if guidance is not None:

@@ -129,11 +129,16 @@ class Network(nn.Module):
         self._check(x)
         if label.shape != x.shape[:1]:
             raise ValueError(f"label must be [{x.shape[0]}] as the batch, got {list(label.shape)}")
-        if not self._projections:
+        projections = self.projections()
+        if not projections:
             return self.body(x, [None] * len(self.blocks), self.output_scale(label))
         emb = self.embedding(self.time_part(label), **cond)
-        vs = [project(emb) for project in self._projections]
+        vs = [project(emb) for project in projections]
         return self.body(x, vs, self.output_scale(label))
+
+    def projections(self) -> list[nn.Linear]:
+        """What gives every block its v from the embedding; empty for networks without time."""
+        return [block.time for block in self.blocks if block.time is not None]
 
     def prepare(self, labels: Tensor) -> Prepared:
         """The network with the time of a whole plan done: labels [R] -> `Prepared`.
@@ -149,7 +154,6 @@ class Network(nn.Module):
         """For subclasses, once their modules stand."""
         blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
         self.blocks = tuple(blocks)
-        self._projections = tuple(block.time for block in blocks if block.time is not None)
         # oneDNN and cuDNN run these convolutions up to three times as fast on NHWC; the weights'
         # layout decides, so x may come in either.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -225,20 +229,42 @@ class Network(nn.Module):
             )
 
 
+CHUNK = 64
+"""Labels that one product of the time table takes."""
+
+
+def prepare(net: object, labels: Tensor) -> Prepared | None:
+    """``net.prepare(labels)`` where that says all that a call of ``net`` does.
+
+    None for anything but a `Network` with the `forward` of this module, without hooks, and with the
+    projections that it was built with.
+    """
+    if not isinstance(net, Network) or type(net).forward is not Network.forward:
+        return None
+    for module in (net, *net.projections()):
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            return None
+    if any(type(projection) is not nn.Linear for projection in net.projections()):
+        return None
+    return net.prepare(labels)
+
+
 class Prepared:
     """A `Network` at the times of a plan: (x [B, ...], row [B], **cond) -> F like ``net(x, label)``
     at label = labels[row].
 
-    Embeddings and the projections v_i of all residual blocks are made here, once, for all R labels
-    in one product with the blocks' weights one below the other; a call gathers them by ``row`` on
-    its device (no host reads), and new labels need no new graph. With conditioning, the table ends
-    at `Network.time_part`, and a call makes its v_i in one product.
+    Embeddings and the projections v_i of all residual blocks are made here, once, in products with
+    the blocks' weights one below the other; a call gathers them by ``row`` on its device (no host
+    reads), and new labels need no new graph. With conditioning, the table ends at
+    `Network.time_part`, and a call makes its v_i in one product.
 
     The v_i differ from those of ``net(x, label)`` by the order of summation in the matrix product:
     with W inputs and unit roundoff u, |Δv| ≤ 2 W u Σ_j |w_j e_j| (twice the bound of a dot product
     in any order, Higham 2002, eq. 3.5), and as the embedding e itself is made of two such products.
+    Every product takes `CHUNK` labels, the last ones filled up, so that a row's values do not
+    depend on how many rows come after it.
 
-    The table holds values, not the weights: prepare again after these have changed.
+    The table holds values, not the weights: `refresh` or prepare again when these have changed.
 
     Args:
         net: the network.
@@ -248,17 +274,34 @@ class Prepared:
     def __init__(self, net: Network, labels: Tensor) -> None:
         self.net = net
         self.rows = labels.shape[0]
-        projections = net._projections
-        self._table: Tensor | None = None
-        with torch.no_grad():
-            self._scale = net.output_scale(labels)
-            if not projections:
-                return
-            self._widths = [projection.out_features for projection in projections]
-            self._weight = torch.cat([projection.weight for projection in projections])
-            self._bias = torch.cat([projection.bias for projection in projections])
-            self._part = net.time_part(labels)
-            self._table = self._project(net.embedding(self._part))
+        self._widths = [projection.out_features for projection in net.projections()]
+        self._labels = labels
+        self._held = self._made()
+
+    def refresh(self) -> None:
+        """Makes the table again from the weights as they are now, in the same memory."""
+        for name, value in self._made().items():
+            self._held[name].copy_(value)
+
+    @torch.no_grad()
+    def _made(self) -> dict[str, Tensor]:
+        """The table: what a call reads, by name."""
+        net, labels, made = self.net, self._labels, {}
+        scale = net.output_scale(labels)
+        if scale is not None:
+            made["scale"] = scale
+        projections = net.projections()
+        if not projections or not self.rows:
+            return made
+        made["weight"] = torch.cat([projection.weight for projection in projections])
+        made["bias"] = torch.cat([projection.bias for projection in projections])
+        filled = torch.cat((labels, labels[-1:].expand(-self.rows % CHUNK)))
+        parts = [net.time_part(chunk) for chunk in filled.split(CHUNK)]
+        of_blocks = [
+            nn.functional.linear(net.embedding(part), made["weight"], made["bias"])
+            for part in parts
+        ]
+        return made | {"part": torch.cat(parts), "v": torch.cat(of_blocks)}
 
     def __call__(self, x: Tensor, row: Tensor, **cond: Any) -> Tensor:
         """F [B, out_channels, H, W] of x [B, in_channels, H, W] and row [B], int32 or int64.
@@ -272,15 +315,15 @@ class Prepared:
             raise ValueError(f"row must be [{x.shape[0]}] as the batch, got {list(row.shape)}")
         if row.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"row must be int32 or int64, got {row.dtype}")
-        scale = None if self._scale is None else self._scale.index_select(0, row)
-        if self._table is None:
+        held, scale = self._held, None
+        if "scale" in held:
+            scale = held["scale"].index_select(0, row)
+        if "v" not in held:
             return self.net.body(x, [None] * len(self.net.blocks), scale)
         cond = {name: value for name, value in cond.items() if value is not None}
         if cond:
-            v = self._project(self.net.embedding(self._part.index_select(0, row), **cond))
+            emb = self.net.embedding(held["part"].index_select(0, row), **cond)
+            v = nn.functional.linear(emb, held["weight"], held["bias"])
         else:
-            v = self._table.index_select(0, row)
+            v = held["v"].index_select(0, row)
         return self.net.body(x, v.split(self._widths, dim=1), scale)
-
-    def _project(self, emb: Tensor) -> Tensor:
-        return nn.functional.linear(emb, self._weight, self._bias)
