@@ -14,6 +14,8 @@ OPS = {
     "langevin_epsilon_": "langevin_epsilon",
     "hutchinson_": "hutchinson",
     "error_norm_": "error_norm",
+    "group_norm_silu_": "group_norm_silu",
+    "group_norm_silu_product_": "group_norm_silu_product",
     "normal_": "noise",
     "uniform_": "noise",
     "rademacher_": "noise",

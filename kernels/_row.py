@@ -127,6 +127,13 @@ def row_noise(noise, keys, numbers, at, gate, S: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
+def float64_of(low, high):
+    """A float64 from the halves of its bits."""
+    bits = low.to(tl.uint32).to(tl.uint64) | (high.to(tl.uint32).to(tl.uint64) << 32)
+    return bits.to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def root(v):
     """IEEE square root."""
     return tl.sqrt_rn(v) if v.dtype == tl.float32 else tl.sqrt(v)

@@ -10,15 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._row import divide, opens, read, root, tile_of
+from ._row import divide, float64_of, opens, read, root, tile_of
 from ._sum import sample_sum, sum_in_place
-
-
-@triton.jit
-def float64_of(low, high):
-    """A float64 from the halves of its bits."""
-    bits = low.to(tl.uint32).to(tl.uint64) | (high.to(tl.uint32).to(tl.uint64) << 32)
-    return bits.to(tl.float64, bitcast=True)
 
 
 @triton.jit

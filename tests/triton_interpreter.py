@@ -84,7 +84,8 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 _of_device_functions = ("_philox", "_row", "_sum", "affine_step", "langevin_epsilon")
-_of_device_functions += ("hutchinson", "error_norm")
+_of_device_functions += ("hutchinson", "error_norm", "_groups")
+_of_device_functions += ("group_norm_silu", "group_norm_silu_product")
 _patched = {f"sbm_fast.kernels.{name}" for name in _of_device_functions}
 interpreter.InterpreterBuilder.create_fma = _create_fma
 interpreter.InterpreterBuilder.cast_impl = _cast_impl

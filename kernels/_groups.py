@@ -1,0 +1,272 @@
+"""Tiles of whole groups of channels: device functions of group normalisation, and the rule by which
+a tensor is cut.
+
+A tile is [PIXELS, LANES] of one sample: GROUPS groups beside one another, DEPTH lanes a group, the
+least power of two that holds its D channels. The steps from pixel to pixel and from channel to
+channel are the view's own, so NCHW and channels_last are read by the same code, each along its
+contiguous dimension. A view is (tensor, (pixel step, channel step)); (None, None) is no tensor.
+
+Sums over a group run in a fixed tree: halves of the pixels, then halves of the lanes, zeros where
+there is none. So they do not depend on GROUPS or on the number of warps, and a sample's result not
+on its batch.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._row import divide, root
+from ._sum import halve, neighbours
+
+HELD = ((128, 8192), (64, 16384), (32, 32768))
+"""(bytes of neighbouring channels, lanes): the widest that fits is what one program holds."""
+SMALL = 1024  # lanes below which a program takes further groups
+PROGRAMS = 264  # two a multiprocessor of the largest GPU; below it, programs take fewer groups
+STREAMED = 4096  # lanes of a tile of what is read twice
+SEGMENT = 256  # bytes of neighbouring channels of such a tile
+RUN = 32  # pixels of it at least, where a group has so many channels that they would be fewer
+CHUNKS = 128  # of a sample's pixels at most: their statistics are merged by every program
+DEEPEST = 16384  # channels of a group
+MOST_WARPS = 16
+REGISTERS = 128  # a thread; the compiler takes more than it needs, and fewer programs stand at once
+# Their alignment and a value of 1 make no other kernel.
+UNSPECIALISED = (
+    "weight", "bias", "scale", "shift", "add", "weight_dot", "bias_dot", "scale_step", "shift_step",
+    "add_step", "weight_dot_step", "bias_dot_step", "eps_low", "eps_high", "gain_low", "gain_high",
+    "groups", "slices", "chunks", "tiles",
+)  # fmt: skip
+
+View = tuple[Any, Any]
+
+
+@triton.jit
+def lanes_of(slice, groups, D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr):
+    """Channel of every lane of a slice of the channels, and whether it exists."""
+    lane = tl.arange(0, GROUPS * DEPTH)
+    exists = slice * GROUPS + lane // DEPTH < groups
+    if D == DEPTH:
+        c = slice * (GROUPS * D) + lane
+    else:
+        c = slice * (GROUPS * D) + lane // DEPTH * D + lane % DEPTH
+        exists &= lane % DEPTH < D
+    return c, exists
+
+
+@triton.jit
+def tile_at(b, start, pixels, image, lanes, PIXELS: tl.constexpr, WIDE: tl.constexpr):
+    """A tile: (sample, pixels [PIXELS], channels [LANES], which exist, values of a sample)."""
+    p, c = start + tl.arange(0, PIXELS), lanes[0]
+    live = (p < pixels)[:, None] & lanes[1][None, :]
+    if WIDE:
+        p, c = p.to(tl.int64), c.to(tl.int64)
+    return b, p, c, live, image
+
+
+@triton.jit
+def pointers(view, at):
+    base = view[0] + at[0] * at[4]
+    return base + (at[1] * view[1][0])[:, None] + (at[2] * view[1][1])[None, :]
+
+
+@triton.jit
+def read(view, at, A: tl.constexpr, WHOLE: tl.constexpr):
+    """The tile in the type of the arithmetic, zeros where nothing is. WHOLE: all of it exists."""
+    if WHOLE:
+        v = tl.load(pointers(view, at))
+    else:
+        v = tl.load(pointers(view, at), mask=at[3], other=0.0)
+    return v.to(A)
+
+
+@triton.jit
+def write(view, at, v, WHOLE: tl.constexpr):
+    v = v.to(view[0].dtype.element_ty)
+    if WHOLE:
+        tl.store(pointers(view, at), v)
+    else:
+        tl.store(pointers(view, at), v, mask=at[3])
+
+
+@triton.jit
+def read_lanes(vector, b, step, lanes, A: tl.constexpr):
+    """The sample's row of a tensor [B, C]; of one [C] where step is 0."""
+    return tl.load(vector + b * step + lanes[0], mask=lanes[1], other=0.0).to(A)
+
+
+@triton.jit
+def affine(
+    weight, bias, scale, shift, scale_step, shift_step, b, lanes, A: tl.constexpr
+):  # fmt: skip
+    """γ = weight·(1 + scale) and β = bias·(1 + scale) + shift of the lanes."""
+    beta = tl.zeros(lanes[0].shape, A)
+    gamma = beta + 1.0
+    if weight is not None:
+        gamma = read_lanes(weight, b, 0, lanes, A)
+    if bias is not None:
+        beta = read_lanes(bias, b, 0, lanes, A)
+    if scale is not None:
+        factor = 1.0 + read_lanes(scale, b, scale_step, lanes, A)
+        gamma *= factor
+        beta *= factor
+    if shift is not None:
+        beta += read_lanes(shift, b, shift_step, lanes, A)
+    return gamma, beta
+
+
+@triton.jit
+def sigmoid(n):
+    return 1.0 / (1.0 + tl.exp(-n))
+
+
+@triton.jit
+def over_pixels(v, PIXELS: tl.constexpr):
+    """The sum [LANES] of [PIXELS, LANES]."""
+    return neighbours(halve(v, PIXELS), PIXELS // min(PIXELS, 1024))
+
+
+@triton.jit
+def over_lanes(v, DEPTH: tl.constexpr, GROUPS: tl.constexpr):
+    """The sum [GROUPS] of each group's lanes."""
+    w = v
+    for i in tl.static_range(1, 15):
+        if DEPTH >> i >= 1:
+            w = tl.sum(tl.reshape(w, (GROUPS, 2, DEPTH >> i)), axis=1)
+    return tl.reshape(w, (GROUPS,))
+
+
+@triton.jit
+def spread(v, DEPTH: tl.constexpr, GROUPS: tl.constexpr):
+    """[GROUPS] to all lanes of each group."""
+    return tl.reshape(tl.broadcast_to(v[:, None], (GROUPS, DEPTH)), (GROUPS * DEPTH,))
+
+
+@triton.jit
+def inverse_root(variance, eps):
+    return divide(variance * 0.0 + 1.0, root(variance + eps))
+
+
+@triton.jit
+def groups_of(row, slice, groups, GROUPS: tl.constexpr):
+    """Where the values of a slice's groups lie in [rows, groups], and which exist."""
+    g = slice * GROUPS + tl.arange(0, GROUPS)
+    return row * groups + g, g < groups
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a sample is cut: `slices` of whole groups, and each of them into `chunks` of pixels.
+
+    Attributes:
+        held: a program holds its slice's every pixel; else it goes through the chunk's `tiles`.
+        constants: the kernel's.
+    """
+
+    slices: int
+    chunks: int
+    tiles: int
+    held: bool
+    constants: dict[str, Any]
+
+
+@lru_cache(4096)
+def cut(
+    batch: int, channels: int, pixels: int, groups: int, dtype: torch.dtype, last: bool, values: int
+) -> Cut:
+    """The one rule, by sizes only; a thread can hold `values` numbers of 32 bits of a tile.
+
+    Whether a program holds its groups, and the chunks where it does not, which set the order of
+    sums, do not depend on the batch; how many groups it takes does, which changes no sum.
+    """
+    d = channels // groups
+    depth, rows, all_groups = (triton.next_power_of_2(n) for n in (d, pixels, groups))
+    run = dtype.itemsize * (d if last else d * pixels)  # bytes of a group that lie together
+    values = values // 4 if dtype == torch.float64 else values
+
+    def width(segment: int) -> int:
+        return min(triton.next_power_of_2(triton.cdiv(segment, run)), all_groups)
+
+    fitting = [
+        width(segment)
+        for segment, lanes in HELD
+        if rows * depth * width(segment) <= min(lanes, values * 32 * MOST_WARPS)
+    ]
+    tiles = chunks = 1
+    if fitting:
+        wide = fitting[0]
+        while wide < all_groups and rows * depth * wide < SMALL:
+            wide *= 2
+        while wide > 1 and batch * triton.cdiv(groups, wide) < PROGRAMS:
+            wide //= 2
+        few = batch * triton.cdiv(groups, wide) < PROGRAMS
+        a_thread = values // 2 if few else values
+    else:
+        wide = min(width(SEGMENT), max(1, STREAMED // depth))
+        lanes = depth * wide
+        rows = max(STREAMED // lanes, min(RUN, DEEPEST // lanes), 1)
+        count = triton.cdiv(pixels, rows)
+        tiles = triton.cdiv(count, CHUNKS)
+        chunks = triton.cdiv(count, tiles)
+        a_thread = 16
+    constants = {
+        "D": d, "DEPTH": depth, "GROUPS": wide, "PIXELS": rows,
+        "WHOLE": d == depth and groups % wide == 0 and pixels % (rows * tiles) == 0,
+        "WIDE": _launch.is_wide(channels * pixels),
+        "num_warps": min(max(1, rows * depth * wide // 32 // a_thread), MOST_WARPS),
+        "maxnreg": REGISTERS,
+    }  # fmt: skip
+    return Cut(triton.cdiv(groups, wide), chunks, tiles, bool(fitting), constants)
+
+
+def view(t: Tensor | None, name: str) -> View:
+    """RuntimeError for a tensor that is neither dense with channels first nor with channels last."""
+    if t is None:
+        return None, None
+    pixels = t[0, 0].numel() if t.numel() else 1
+    if pixels > 1 and t.is_contiguous():
+        return t, (1, pixels)
+    dense = t.is_contiguous() or t.movedim(1, -1).is_contiguous()
+    _launch.require(dense, f"{name}: expected a contiguous or channels_last tensor")
+    return t, (t.shape[1], 1)
+
+
+def checked_groups(t: Tensor, groups: int, name: str) -> None:
+    _launch.require(t.dim() >= 2, f"{name}: expected [B, C, …], got {t.dim()} dimensions")
+    channels = t.shape[1]
+    _launch.require(
+        groups >= 1 and channels % groups == 0,
+        f"groups: expected a divisor of the {channels} channels, got {groups}",
+    )
+    _launch.require(
+        channels // groups <= DEEPEST,
+        f"groups: at most {DEEPEST} channels a group are supported, got {channels // groups}",
+    )
+
+
+def checked_stats(stats: Tensor, x: Tensor, groups: int) -> None:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shape = (x.shape[0], groups, 2)
+    ok = stats.shape == shape and stats.dtype == wide and stats.is_contiguous()
+    _launch.require(
+        ok and _launch.same_device(stats, x),
+        f"stats: expected a contiguous {wide} tensor {list(shape)} on {x.device}",
+    )
+
+
+def rows_of(t: Tensor | None, x: Tensor, name: str, per_sample: bool = True) -> int:
+    """Step from sample to sample of a tensor [B, C], or 0 of one [C]; RuntimeError for others."""
+    if t is None:
+        return 0
+    shape = x.shape[:2] if per_sample else x.shape[1:2]
+    _launch.require(
+        t.shape == shape and t.dtype in _launch.FLOATS and _launch.same_device(t, x),
+        f"{name}: expected a floating-point tensor {list(shape)} on {x.device}",
+    )
+    together = t.shape[-1] <= 1 or t.stride(-1) == 1
+    _launch.require(together, f"{name}: expected neighbouring channels beside one another")
+    return t.stride(0) if per_sample else 0
