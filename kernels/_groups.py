@@ -77,10 +77,8 @@ def pointers(view, at):
 @triton.jit
 def read(view, at, A: tl.constexpr, WHOLE: tl.constexpr):
     """The tile in the type of the arithmetic, zeros where nothing is. WHOLE: all of it exists."""
-    if WHOLE:
-        v = tl.load(pointers(view, at))
-    else:
-        v = tl.load(pointers(view, at), mask=at[3], other=0.0)
+    where = pointers(view, at)
+    v = tl.load(where) if WHOLE else tl.load(where, mask=at[3], other=0.0)
     return v.to(A)
 
 
@@ -206,13 +204,13 @@ def cut(
         few = batch * triton.cdiv(groups, wide) < PROGRAMS
         a_thread = values // 2 if few else values
     else:
-        wide = min(width(SEGMENT), max(1, STREAMED // depth))
+        streamed, a_thread = (STREAMED, 16) if dtype.itemsize <= 4 else (STREAMED // 2, 4)
+        wide = min(width(SEGMENT), max(1, streamed // depth))
         lanes = depth * wide
-        rows = max(STREAMED // lanes, min(RUN, DEEPEST // lanes), 1)
+        rows = max(streamed // lanes, min(RUN, DEEPEST // lanes), 1)
         count = triton.cdiv(pixels, rows)
         tiles = triton.cdiv(count, CHUNKS)
         chunks = triton.cdiv(count, tiles)
-        a_thread = 16
     constants = {
         "D": d, "DEPTH": depth, "GROUPS": wide, "PIXELS": rows,
         "WHOLE": d == depth and groups % wide == 0 and pixels % (rows * tiles) == 0,
@@ -224,7 +222,7 @@ def cut(
 
 
 def view(t: Tensor | None, name: str) -> View:
-    """RuntimeError for a tensor that is neither dense with channels first nor with channels last."""
+    """The tensor and its steps; RuntimeError unless it is contiguous or channels_last."""
     if t is None:
         return None, None
     pixels = t[0, 0].numel() if t.numel() else 1

@@ -213,6 +213,7 @@ def group_norm_silu_(
         rows_of(t, x, name, per_sample=False)
     steps = [rows_of(t, x, n) for n, t in (("scale", scale), ("shift", shift), ("add", add))]
     if x.numel() == 0:
+        stats.zero_()
         return
     batch, channels = x.shape[:2]
     image = x.numel() // batch

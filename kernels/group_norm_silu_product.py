@@ -1,10 +1,10 @@
 """Op `group_norm_silu_product_`: the product of the Jacobian of `group_norm_silu_` with a tensor,
 from the left (backward) or from the right (forward-mode); see `sbm_fast.ops.group_norm_silu`.
 
-Both need two sums over each group, of t and of t·x̂, with t = silu'(n)·given before the
-normalisation's projection, which is its own transpose, or t = gain·given. Backward, t's sums over
-the pixels of one channel are wanted too, and weighted by γ they make those of the group. Programs
-hold groups, or read them twice, as those of `group_norm_silu_`.
+The normalisation's projection needs two sums over each group, of g and of g·x̂: backward g = γ·t
+with t = silu'(n)·given, whose sums over the pixels of a channel are wanted too; forward g = t =
+gain·given. Programs take whole groups where these fit on chip, read them for the sums and again,
+from the first cache, for the result; elsewhere they read twice as those of `group_norm_silu_`.
 """
 
 import triton
@@ -33,7 +33,8 @@ from ._groups import (
 )
 from ._row import divide, float64_of
 
-VALUES = 32  # of a tile that a thread holds, of x̂ and of t each
+VALUES = 32  # of a tile for each thread, of h and of given each
+ROWS = tl.constexpr(16)  # chunks whose sums are read at once
 
 
 @triton.jit
@@ -99,14 +100,16 @@ def project(
     out, normal, t, means, of_stats, of_affine, gain, dots, at,
     SILU: tl.constexpr, FORWARD: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Writes gain·P(γ·t), or silu'(n)·(γ·P(t) + x̂·γ̇ + β̇)."""
-    gamma, r = of_affine[0][None, :], of_stats[1][None, :]
+    """Writes gain·P(γ·t), or silu'(n)·(γ·P(t) + x̂·γ̇ + β̇), each as a·t + b·x̂ + c of the lanes."""
     if FORWARD:
-        v = gamma * (r * (t - means[1][None, :] - normal * means[0][None, :]))
-        v += normal * dots[0][None, :] + dots[1][None, :]
-        v *= slope(at_n(normal, of_affine[0], of_affine[1]), SILU)
+        a = of_affine[0] * of_stats[1]
+        b, c = dots[0] - a * means[0], dots[1] - a * means[1]
     else:
-        v = (gain * r) * (gamma * t - means[1][None, :] - normal * means[0][None, :])
+        r = gain * of_stats[1]
+        a, b, c = of_affine[0] * r, -r * means[0], -r * means[1]
+    v = tl.fma(t, tl.broadcast_to(a[None, :], t.shape), at_n(normal, b, c))
+    if FORWARD:
+        v *= slope(at_n(normal, of_affine[0], of_affine[1]), SILU)
     write(out, at, v, WHOLE)
 
 
@@ -130,11 +133,17 @@ def store_pair(to, where, exists, pair):
 
 
 @triton.jit
-def over_chunks(partial, where, exists, CHUNKS: tl.constexpr):
-    """Sums of a pair of values over the chunks, the first dimension of `where`."""
-    first = over_pixels(tl.load(partial + 2 * where, mask=exists, other=0.0), CHUNKS)
-    second = over_pixels(tl.load(partial + 2 * where + 1, mask=exists, other=0.0), CHUNKS)
-    return first, second
+def over_chunks(partial, b, chunks, columns, columns_of, ROWS: tl.constexpr, A: tl.constexpr):
+    """Sums over a sample's chunks of pairs of values that lie in [chunks, columns, 2]."""
+    first = tl.zeros([ROWS, columns_of[0].shape[0]], A)
+    second = first
+    for begin in range(0, chunks, ROWS):
+        chunk = begin + tl.arange(0, ROWS)[:, None]
+        where = partial + 2 * ((b * chunks + chunk) * columns + columns_of[0][None, :])
+        exists = (chunk < chunks) & columns_of[1][None, :]
+        first += tl.load(where, mask=exists, other=0.0)
+        second += tl.load(where + 1, mask=exists, other=0.0)
+    return over_pixels(first, ROWS), over_pixels(second, ROWS)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -158,7 +167,11 @@ def hold_product(
         store_pair(sums, b * (groups * D) + lanes[0], lanes[1], (normal_sum, plain_sum))
     of_group = group_sums(normal_sum, plain_sum, of_affine[0], DEPTH, GROUPS, FORWARD)
     means = means_of(of_group, pixels, D, DEPTH, GROUPS)
+    # Read again, from the first cache: kept, they would not fit into registers. The barrier keeps
+    # the compiler from taking both readings for one.
+    tl.debug_barrier()
     dots = dots_of(weight_dot, bias_dot, weight_dot_step, bias_dot_step, b, lanes, A)
+    normal, t = normal_and_t(h, given, of_stats, of_affine, gain, at, SILU, FORWARD, WHOLE, A)
     project(out, normal, t, means, of_stats, of_affine, gain, dots, at, SILU, FORWARD, WHOLE)
 
 
@@ -196,12 +209,11 @@ def chunk_sums(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def project_chunk(
-    out, sums, partial, by_channel, given, h, stats, weight, bias, scale, shift, weight_dot, bias_dot,
-    scale_step, shift_step, weight_dot_step, bias_dot_step, gain_low, gain_high, pixels, image,
-    groups, slices, chunks, tiles,
+    out, sums, partial, by_channel, given, h, stats, weight, bias, scale, shift, weight_dot,
+    bias_dot, scale_step, shift_step, weight_dot_step, bias_dot_step, gain_low, gain_high, pixels,
+    image, groups, slices, chunks, tiles,
     D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
-    CHUNKS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr,
-    FORWARD: tl.constexpr,
+    WHOLE: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, FORWARD: tl.constexpr,
 ):  # fmt: skip
     """The rest of the op on a chunk; programs come in the opposite order."""
     A: tl.constexpr = stats.dtype.element_ty
@@ -209,15 +221,13 @@ def project_chunk(
     slice, chunk = program % slices, program // slices % chunks
     b = (program // slices // chunks).to(tl.int64)
     lanes = lanes_of(slice, groups, D, DEPTH, GROUPS)
-    row = (b * chunks + tl.arange(0, CHUNKS))[:, None]
-    in_use = (tl.arange(0, CHUNKS) < chunks)[:, None]
-    where, exists = groups_of(row, slice, groups, GROUPS)
-    of_group = over_chunks(partial, where, in_use & exists, CHUNKS)
+    of_slice = slice * GROUPS + tl.arange(0, GROUPS)
+    of_slice = of_slice, of_slice < groups
+    of_group = over_chunks(partial, b, chunks, groups, of_slice, ROWS, A)
     means = means_of(of_group, pixels, D, DEPTH, GROUPS)
     if sums is not None:
         if chunk == 0:
-            where = row * (groups * D) + lanes[0][None, :]
-            pair = over_chunks(by_channel, where, in_use & lanes[1][None, :], CHUNKS)
+            pair = over_chunks(by_channel, b, chunks, groups * D, lanes, ROWS, A)
             store_pair(sums, b * (groups * D) + lanes[0], lanes[1], pair)
     gain = float64_of(gain_low, gain_high).to(A)
     of_stats = lanes_stats(stats, b, slice, groups, DEPTH, GROUPS)
@@ -290,7 +300,7 @@ def group_norm_silu_product_(
     _launch.launch(
         project_chunk, programs, h,
         of_out, sums, *partials, *tensors, weight_dot, bias_dot, *steps, *dot_steps, *of_gain,
-        *of_sizes, *of_chunks, CHUNKS=triton.next_power_of_2(how.chunks), **options,
+        *of_sizes, *of_chunks, **options,
     )  # fmt: skip
 
 

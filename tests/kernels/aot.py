@@ -48,11 +48,14 @@ def source(kernel: Any, given: Specification) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def measure(kernel: Any, given: Specification, warps: int, arch: int) -> dict[str, Any]:
+def measure(
+    kernel: Any, given: Specification, warps: int, arch: int, **options: int
+) -> dict[str, Any]:
     begin = time.perf_counter()
-    options = {"num_warps": warps, **_launch.ARITHMETIC}
     compiled = triton.compile(
-        source(kernel, given), target=GPUTarget("cuda", arch, 32), options=options
+        source(kernel, given),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": warps, **_launch.ARITHMETIC, **options},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         Path(cubin.name).write_bytes(compiled.asm["cubin"])
