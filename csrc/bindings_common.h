@@ -269,6 +269,15 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "error_norm_(Tensor(a!) out, Tensor x, Tensor registers, Tensor weights, float atol, "
       "float rtol) -> ()");
+  m.def(
+      "group_norm_silu_(Tensor(a!) out, Tensor(b!)? total, Tensor(c!) stats, Tensor x, "
+      "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? add, "
+      "Tensor? residual, int groups, float eps, float gain, bool silu) -> ()");
+  m.def(
+      "group_norm_silu_product_(Tensor(a!) out, Tensor(b!)? sums, Tensor given, Tensor h, "
+      "Tensor stats, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
+      "Tensor? weight_dot, Tensor? bias_dot, int groups, float gain, bool silu, bool forward) "
+      "-> ()");
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // torch.ops.sbm_fast.*: definitions and CPU kernels.
 #include "bindings_common.h"
+#include "bindings_group_norm.h"
 #include "error_norm.h"
 #include "hutchinson.h"
 #include "langevin_epsilon.h"
@@ -166,6 +167,76 @@ void error_norm_(Tensor out, const Tensor& x, const Tensor& registers, const Ten
   run(out, x, registers, weights, atol, rtol);
 }
 
+template <class S>
+void norm(const Tensor& out, const MaybeTensor& total, const Tensor& stats, const Tensor& x,
+          const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& scale,
+          const MaybeTensor& shift, const MaybeTensor& add, const MaybeTensor& residual,
+          int64_t groups, double eps, double gain, bool silu) {
+  const Home home = Home::cpu();
+  sbm::GroupNormArgs<S> a;
+  norm_shape(home, a, x, "x", weight, bias, scale, shift, groups, gain, silu);
+  const bool last = a.channels_last;
+  a.eps = eps;
+  a.x = image(home, x, x, last, "x");
+  a.out = image(home, out, x, last, "out");
+  a.total = image(home, total, x, last, "total");
+  a.residual = image(home, residual, x, last, "residual");
+  a.add = rows(home, add, a.batch, a.channels, "add");
+  a.stats = table_of<S>(home, stats, a.batch, groups, "stats");
+  check_alias(a.x, a.out, a.batch, "x", "out");
+  check_alias(a.residual, a.out, a.batch, "residual", "out");
+  check_apart(a.total, a.x, a.batch, a.numel(), "total", "x");
+  check_apart(a.total, a.residual, a.batch, a.numel(), "total", "residual");
+  check_apart(a.total, a.out, a.batch, a.numel(), "total", "out");
+  sbm::group_norm_silu_cpu(a);
+}
+
+void group_norm_silu_(Tensor out, MaybeTensor total, Tensor stats, const Tensor& x,
+                      const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& scale,
+                      const MaybeTensor& shift, const MaybeTensor& add, const MaybeTensor& residual,
+                      int64_t groups, double eps, double gain, bool silu) {
+  const auto run = x.scalar_type() == ScalarType::Double ? norm<double> : norm<float>;
+  run(out, total, stats, x, weight, bias, scale, shift, add, residual, groups, eps, gain, silu);
+}
+
+template <class S>
+void norm_product(const Tensor& out, const MaybeTensor& sums, const Tensor& given, const Tensor& h,
+                  const Tensor& stats, const MaybeTensor& weight, const MaybeTensor& bias,
+                  const MaybeTensor& scale, const MaybeTensor& shift, const MaybeTensor& weight_dot,
+                  const MaybeTensor& bias_dot, int64_t groups, double gain, bool silu,
+                  bool forward) {
+  const Home home = Home::cpu();
+  sbm::GroupNormProductArgs<S> a;
+  norm_shape(home, a, h, "h", weight, bias, scale, shift, groups, gain, silu);
+  const bool last = a.channels_last;
+  a.forward = forward;
+  a.h = image(home, h, h, last, "h");
+  a.given = image(home, given, h, last, "given", "h");
+  a.out = image(home, out, h, last, "out", "h");
+  a.weight_dot = rows(home, weight_dot, a.batch, a.channels, "weight_dot");
+  a.bias_dot = rows(home, bias_dot, a.batch, a.channels, "bias_dot");
+  STD_TORCH_CHECK(forward || (!weight_dot && !bias_dot), weight_dot ? "weight_dot" : "bias_dot",
+                  ": is read by the forward product only");
+  STD_TORCH_CHECK(!forward || !sums, "sums: are made by the backward product only");
+  a.stats = table_of<S>(home, stats, a.batch, groups, "stats");
+  if (sums) a.sums = table_of<S>(home, *sums, a.batch, a.channels, "sums");
+  check_alias(a.given, a.out, a.batch, "given", "out");
+  check_alias(a.h, a.out, a.batch, "h", "out");
+  sbm::group_norm_silu_product_cpu(a);
+}
+
+void group_norm_silu_product_(Tensor out, MaybeTensor sums, const Tensor& given, const Tensor& h,
+                              const Tensor& stats, const MaybeTensor& weight,
+                              const MaybeTensor& bias, const MaybeTensor& scale,
+                              const MaybeTensor& shift, const MaybeTensor& weight_dot,
+                              const MaybeTensor& bias_dot, int64_t groups, double gain, bool silu,
+                              bool forward) {
+  const auto run =
+      h.scalar_type() == ScalarType::Double ? norm_product<double> : norm_product<float>;
+  run(out, sums, given, h, stats, weight, bias, scale, shift, weight_dot, bias_dot, groups, gain,
+      silu, forward);
+}
+
 template <sbm::NoiseKind kind>
 void fill_(Tensor out, const Tensor& keys, int64_t draw, int64_t stream) {
   const Home home = Home::cpu();
@@ -187,6 +258,7 @@ STABLE_TORCH_LIBRARY(sbm_fast, m) { define_ops(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(sbm_fast, CPU, m) {
   sbm::parallel_for_hook = torch_parallel;
+  sbm::thread_count_hook = [] { return int(torch::stable::get_num_threads()); };
   m.impl("normal_", TORCH_BOX(&fill_<sbm::NoiseKind::normal>));
   m.impl("uniform_", TORCH_BOX(&fill_<sbm::NoiseKind::uniform>));
   m.impl("rademacher_", TORCH_BOX(&fill_<sbm::NoiseKind::rademacher>));
@@ -196,4 +268,6 @@ STABLE_TORCH_LIBRARY_IMPL(sbm_fast, CPU, m) {
   m.impl("langevin_epsilon_", TORCH_BOX(&langevin_epsilon_));
   m.impl("hutchinson_", TORCH_BOX(&hutchinson_));
   m.impl("error_norm_", TORCH_BOX(&error_norm_));
+  m.impl("group_norm_silu_", TORCH_BOX(&group_norm_silu_));
+  m.impl("group_norm_silu_product_", TORCH_BOX(&group_norm_silu_product_));
 }

@@ -25,6 +25,7 @@ void serial(int64_t count, int64_t, const void* context, ParallelBody body) {
 }  // namespace
 
 ParallelFor parallel_for_hook = serial;
+ThreadCount thread_count_hook = [] { return 1; };
 
 const CpuKernels& cpu_kernels() {
   static const CpuKernels& kernels = choose();

@@ -1,6 +1,7 @@
 // The CPU kernels as a table of functions, one table an instruction set.
 #pragma once
 #include "error_norm.h"
+#include "group_norm_silu.h"
 #include "hutchinson.h"
 #include "langevin_epsilon.h"
 #include "noise_kind.h"
@@ -34,6 +35,10 @@ struct CpuKernels {
   void (*trace_f64)(const HutchinsonArgs&, const Tile&, double* sums, int64_t step);
   void (*error_squares_f32)(const ErrorNormArgs<float>&, const Tile&, float* sums);
   void (*error_squares_f64)(const ErrorNormArgs<double>&, const Tile&, double* sums);
+  GroupNormKernel<float> norm_f32;
+  GroupNormKernel<double> norm_f64;
+  GroupNormProductKernel<float> norm_product_f32;
+  GroupNormProductKernel<double> norm_product_f64;
 };
 
 const CpuKernels& portable_kernels();

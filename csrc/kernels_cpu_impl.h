@@ -9,6 +9,7 @@
 
 #include "kernels_cpu.h"
 #include "tile_error_norm.h"
+#include "tile_group_norm_product.h"
 #include "tile_hutchinson.h"
 
 namespace sbm {
@@ -238,7 +239,11 @@ CpuKernels make_kernels(const char* level) {
           trace<P, float>,
           trace<P, double>,
           error_squares<float>,
-          error_squares<double>};
+          error_squares<double>,
+          norm_kernel<float>(),
+          norm_kernel<double>(),
+          product_kernel<float>(),
+          product_kernel<double>()};
 }
 
 }  // namespace

@@ -10,6 +10,11 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, const void* context, 
 // One thread unless the bindings have put theirs here.
 extern ParallelFor parallel_for_hook;
 
+// How many threads there are, by the same rule.
+using ThreadCount = int (*)();
+extern ThreadCount thread_count_hook;
+inline int thread_count() { return thread_count_hook(); }
+
 // body(begin, end) over [0, count) in pieces of at least `grain`.
 template <class Body>
 void parallel(int64_t count, int64_t grain, const Body& body) {

@@ -4,7 +4,18 @@ from sbm_fast.nn.adm import ADM
 from sbm_fast.nn.checkpoint import read_metadata
 from sbm_fast.nn.ncsnpp import DDPM, NCSNpp
 from sbm_fast.nn.network import Network, Prepared
+from sbm_fast.nn.norm import GroupNormSiLU
 from sbm_fast.nn.songunet import SongUNet
 from sbm_fast.nn.unet import UNet
 
-__all__ = ["ADM", "DDPM", "NCSNpp", "Network", "Prepared", "SongUNet", "UNet", "read_metadata"]
+__all__ = [
+    "ADM",
+    "DDPM",
+    "GroupNormSiLU",
+    "NCSNpp",
+    "Network",
+    "Prepared",
+    "SongUNet",
+    "UNet",
+    "read_metadata",
+]

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from sbm_fast.nn import _group_norm
 
 ACTIVATIONS = ("silu", None)
+NAMES = ("weight", "bias", "scale", "shift", "add")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def group_norm_silu(
@@ -29,28 +37,77 @@ def group_norm_silu(
         n = (h − mean_group) / √(var_group + eps) · weight + bias
         y = silu(n · (1 + scale) + shift)
 
+    Differentiable in every tensor, in both modes. y and h have the dtype of x and its memory format
+    (channels first or last; any other x is copied first). Statistics are float32, or float64 for a
+    float64 x. Sources: see `sbm_fast.ops.group_norm_silu`.
+
     Args:
-        x: [B, C, …], any number of spatial dimensions.
+        x: [B, C, …], any number of spatial dimensions, also none.
         num_groups: divides C.
         weight, bias: [C].
+        eps: not negative.
         scale, shift, add: [B, C], the same at all positions (a projected time embedding).
         residual: like x.
+        gain: finite, not 0.
         activation: "silu" or None.
-        return_sum: also return h.
+        return_sum: also return h; it is x itself where nothing is added and gain is 1.
+
+    Raises:
+        TypeError: a tensor of no float dtype (float64, float32, bfloat16, float16).
+        ValueError: any other argument that is not as above.
     """
-    h = x
-    wide = (...,) + (None,) * (x.ndim - 2)
-    if add is not None:
-        h = h + add[wide]
-    if residual is not None:
-        h = h + residual
-    if gain != 1.0:
-        h = h * gain
-    y = torch.nn.functional.group_norm(h, num_groups, weight, bias, eps)
-    if scale is not None:
-        y = y * (1 + scale[wide])
-    if shift is not None:
-        y = y + shift[wide]
-    if activation == "silu":
-        y = torch.nn.functional.silu(y)
-    return (y, h) if return_sum else y
+    rows = (weight, bias, scale, shift, add)
+    _check(x, num_groups, rows, residual, eps, gain, activation)
+    keep = return_sum and (add is not None or residual is not None or gain != 1.0)
+    tensors = (x, weight, bias, scale, shift, add, residual)
+    options = (num_groups, float(eps), float(gain), activation == "silu", keep)
+    results = _function(tensors)(*tensors, *options)
+    if not return_sum:
+        return results[0]
+    return results[0], results[2] if keep else x
+
+
+def _function(tensors: tuple[Tensor | None, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    """The op alone where nothing is differentiated, which costs least."""
+    wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+    if torch.compiler.is_compiling():
+        return _group_norm.Reverse.apply if wanted else _group_norm.run
+    if torch._C._are_functorch_transforms_active():
+        nested = _group_norm.nested_forward_mode()
+        return _group_norm.formula if nested else _group_norm.GroupNormSiLU.apply
+    if wanted or forward_ad._current_level >= 0:
+        return _group_norm.GroupNormSiLU.apply
+    return _group_norm.run
+
+
+def _check(
+    x: Tensor,
+    groups: int,
+    rows: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    eps: float,
+    gain: float,
+    activation: str | None,
+) -> None:
+    if x.ndim < 2:
+        raise ValueError(f"x: expected [B, C, …], got the shape {list(x.shape)}")
+    shape = x.shape
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"num_groups: expected an int, got {type(groups).__name__} {groups!r}")
+    if groups < 1 or shape[1] % groups or not shape[1]:
+        raise ValueError(f"num_groups: expected a divisor of {shape[1]} channels, got {groups}")
+    expected = (shape[1:2], shape[1:2], shape[:2], shape[:2], shape[:2])
+    for name, v, wanted in zip(NAMES, rows, expected, strict=True):
+        if v is not None and v.shape != wanted:
+            raise ValueError(f"{name}: expected the shape {list(wanted)}, got {list(v.shape)}")
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"residual: expected the shape {list(shape)}, got {list(residual.shape)}")
+    for name, v in zip((*NAMES, "residual", "x"), (*rows, residual, x), strict=True):
+        if v is not None and v.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected a float dtype of at most 64 bits, got {v.dtype}")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
+    if gain == 0.0 or not math.isfinite(gain):
+        raise ValueError(f"gain: expected a finite number other than 0, got {gain!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
