@@ -1,14 +1,14 @@
 """Networks that were trained elsewhere, as a ready `sbm_fast.ScoreModel` with its training SDE.
 
->>> model = sbm_fast.adapters.diffusers.load("google/ddpm-cifar10-32")
->>> x = sbm_fast.sample(model, model.sde, num_samples=16, method="ddim", steps=50)
+>>> model = sbm_fast.adapters.edm.load("edm-cifar10-32x32-cond-vp.pkl")
+>>> x = sbm_fast.sample(model, model.sde, method="edm", cond={"class_labels": labels})
 
-`diffusers` reads folders, repositories and live objects of Hugging Face diffusers; `levels` joins
-one network per noise level. Nothing from a file is executed: code that a file brings along, or asks
-for, is an error that says so.
+`score_sde`, `edm` and `diffusers` read what those programs wrote and wrap their live objects;
+`levels` joins one network per noise level. Nothing from a file is executed: code that a file brings
+along stays unread, and anything that it asks to be called is an error that says so.
 """
 
-from sbm_fast.adapters import diffusers
+from sbm_fast.adapters import diffusers, edm, score_sde
 from sbm_fast.adapters._levels import levels
 
-__all__ = ["diffusers", "levels"]
+__all__ = ["diffusers", "edm", "levels", "score_sde"]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -186,7 +187,7 @@ def _read(
 def _build(
     cls: type[T], config: dict[str, Any], kwargs: dict[str, Any], weights: dict[str, Tensor]
 ) -> T:
-    _bound(cls, config, weights)
+    bound(cls, config, weights)
     # Its initial weights are drawn and thrown away; the generator is left as it was.
     with torch.random.fork_rng(devices=[]):
         model = cls(**kwargs)
@@ -194,8 +195,8 @@ def _build(
     return model
 
 
-def _bound(cls: type[Network], config: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Refuse a configuration that asks for far more than the file holds, before it is allocated.
+def bound(cls: type[Network], config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Refuse a configuration that asks for far more than a file holds, before it is allocated.
 
     A few bytes of JSON can ask for terabytes. Building on the meta device would show the shapes as
     well, but its first use imports for seconds.
@@ -203,7 +204,7 @@ def _bound(cls: type[Network], config: dict[str, Any], weights: dict[str, Tensor
     numbers: list[Any] = []
     for name in cls.SIZES:
         value = config[name]
-        numbers += value if isinstance(value, list) else [value]
+        numbers += value if isinstance(value, (list, tuple)) else [value]
     if not all(type(number) is int and number >= 0 for number in numbers):
         return  # the constructor names what is wrong
     blocks, least = cls.demands(config)
