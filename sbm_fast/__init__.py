@@ -17,6 +17,7 @@ from sbm_fast.ladder import DDPMSchedule, NCSNLadder
 from sbm_fast.likelihood import LikelihoodResult, log_likelihood
 from sbm_fast.methods import DynamicThreshold
 from sbm_fast.model import ScoreModel
+from sbm_fast.optimize import optimize
 from sbm_fast.sampler import SampleInfo, Sampler, sample
 from sbm_fast.sde import EDMSDE, VESDE, VPSDE, SubVPSDE
 from sbm_fast.variational import BoundResult, variational_bound
@@ -42,6 +43,7 @@ __all__ = [
     "interpolate",
     "log_likelihood",
     "noise",
+    "optimize",
     "plan",
     "sample",
     "variational_bound",

@@ -1,0 +1,91 @@
+"""Other classes for live modules: each a subclass of the module's own, with another forward."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from typing import Any
+
+from torch import nn
+
+
+class Exchanged:
+    """First base of every class that `exchange` makes.
+
+    Parameters, buffers, children and hooks are the module's own; only its class is another one.
+    A deepcopy has the exchanged class too. A pickle names the original class: it can be read
+    where there is no sbm_fast.
+    """
+
+    _sbm_fast_original: type
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        exchanged, original = type(self), type(self)._sbm_fast_original
+        self.__class__ = original
+        try:
+            twin = copy.deepcopy(self, memo)
+        finally:
+            self.__class__ = exchanged
+        if type(twin) is original:
+            twin.__class__ = exchanged
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        exchanged = type(self)
+        self.__class__ = exchanged._sbm_fast_original
+        try:
+            return self.__reduce_ex__(protocol)
+        finally:
+            self.__class__ = exchanged
+
+
+def exchange(module: nn.Module, *, mixin: type | None = None, forward: Any = None) -> None:
+    """Gives a module another class: with the mixin, or with another forward.
+
+    Raises:
+        TypeError: Python cannot make or assign such a class.
+    """
+    own: Any = type(module)
+    module.__class__ = _subclass(own, mixin, forward)
+
+
+def original(module: nn.Module) -> Any:
+    """The class that a module had before all exchanges."""
+    kind: Any = type(module)
+    while "_sbm_fast_original" in vars(kind):
+        kind = kind._sbm_fast_original
+    return kind
+
+
+def refuse_foreign(module: nn.Module) -> None:
+    """Makes sure that `give_back` can be had.
+
+    Raises:
+        TypeError: something else has put a class of its own on top since.
+    """
+    if isinstance(module, Exchanged) and "_sbm_fast_original" not in vars(type(module)):
+        raise TypeError(
+            f"cannot restore a {type(module).__name__}: it was given another class after optimize"
+        )
+
+
+def give_back(module: nn.Module) -> None:
+    """The module has its original class again."""
+    module.__class__ = original(module)
+
+
+@functools.cache
+def _subclass(own: Any, mixin: type | None, forward: Any) -> Any:
+    bases = (own,) if mixin is None else (mixin, own)
+    if not issubclass(own, Exchanged):
+        bases = (Exchanged, *bases)
+    body = {
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+        "__doc__": own.__doc__,
+        "_sbm_fast_original": own,
+    }
+    if forward is not None:
+        body["forward"] = forward
+    return types.new_class(own.__name__, bases, exec_body=lambda namespace: namespace.update(body))
