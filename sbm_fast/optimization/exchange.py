@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import types
 from typing import Any
 
 from torch import nn
+
+_NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
 
 
 class Exchanged:
@@ -35,9 +38,13 @@ class Exchanged:
         exchanged = type(self)
         self.__class__ = exchanged._sbm_fast_original
         try:
-            return self.__reduce_ex__(protocol)
+            reduced = self.__reduce_ex__(protocol)
         finally:
             self.__class__ = exchanged
+        if isinstance(reduced, tuple) and reduced[0] is _NEW:
+            # pickle wants the class of __newobj__ to be the object's; this one may be any.
+            return copyreg._reconstructor, (reduced[1][0], object, None), *reduced[2:]  # type: ignore[attr-defined]
+        return reduced
 
 
 def exchange(module: nn.Module, *, mixin: type | None = None, forward: Any = None) -> None:
