@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sbm_fast
+import sbm_fast.nn
 from sbm_fast.optimization import joined
 
 C = 8
@@ -336,6 +337,7 @@ def test_left_and_why() -> None:
             ),
             "patched": Nested(),
             "made": Nested(),
+            "ours": sbm_fast.nn.GroupNormSiLU(2, C),
         }
     )
     net["patched"].forward = lambda x, emb: x
@@ -347,6 +349,7 @@ def test_left_and_why() -> None:
     assert "torch.compile" in left["compiled"]
     assert "set on the instance" in left["patched"]
     assert "source" in left["made"]
+    assert "fused by itself" in left["ours"]
     assert {r.path: r.pattern for r in report.replaced} == {
         f"{block}.{norm}": "GroupNorm"
         for block in ("patched", "made")
