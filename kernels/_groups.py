@@ -2,9 +2,10 @@
 a tensor is cut.
 
 A tile is [PIXELS, LANES] of one sample: GROUPS groups beside one another, DEPTH lanes a group, the
-least power of two that holds its D channels. The steps from pixel to pixel and from channel to
-channel are the view's own, so NCHW and channels_last are read by the same code, each along its
-contiguous dimension. A view is (tensor, (pixel step, channel step)); (None, None) is no tensor.
+least power of two that holds its D channels. The steps from sample to sample, pixel to pixel and
+channel to channel are the view's own, so NCHW and channels_last are read by the same code, each
+along its contiguous dimension. A view is (tensor, (sample step, pixel step, channel step)); (None,
+None) is no tensor.
 
 Sums over a group run in a fixed tree: halves of the pixels, then halves of the lanes, zeros where
 there is none. So they do not depend on GROUPS or on the number of warps, and a sample's result not
@@ -59,19 +60,20 @@ def lanes_of(slice, groups, D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.con
 
 
 @triton.jit
-def tile_at(b, start, pixels, image, lanes, PIXELS: tl.constexpr, WIDE: tl.constexpr):
-    """A tile: (sample, pixels [PIXELS], channels [LANES], which exist, values of a sample)."""
+def tile_at(b, start, pixels, lanes, PIXELS: tl.constexpr, WIDE: tl.constexpr):
+    """A tile: (sample, pixels [PIXELS], channels [LANES], which exist)."""
     p, c = start + tl.arange(0, PIXELS), lanes[0]
     live = (p < pixels)[:, None] & lanes[1][None, :]
     if WIDE:
         p, c = p.to(tl.int64), c.to(tl.int64)
-    return b, p, c, live, image
+    return b, p, c, live
 
 
 @triton.jit
 def pointers(view, at):
-    base = view[0] + at[0] * at[4]
-    return base + (at[1] * view[1][0])[:, None] + (at[2] * view[1][1])[None, :]
+    steps = view[1]
+    base = view[0] + at[0] * steps[0]
+    return base + (at[1] * steps[1])[:, None] + (at[2] * steps[2])[None, :]
 
 
 @triton.jit
@@ -221,50 +223,83 @@ def cut(
     return Cut(triton.cdiv(groups, wide), chunks, tiles, bool(fitting), constants)
 
 
-def view(t: Tensor | None, name: str) -> View:
-    """The tensor and its steps; RuntimeError unless it is contiguous or channels_last."""
-    if t is None:
-        return None, None
-    pixels = t[0, 0].numel() if t.numel() else 1
-    if pixels > 1 and t.is_contiguous():
-        return t, (1, pixels)
-    dense = t.is_contiguous() or t.movedim(1, -1).is_contiguous()
-    _launch.require(dense, f"{name}: expected a contiguous or channels_last tensor")
-    return t, (t.shape[1], 1)
+class Sizes:
+    """Those of x [B, C, …], whether channels come last in its memory, and how its like are viewed.
+
+    RuntimeError where the shape does not fit the groups.
+    """
+
+    def __init__(self, x: Tensor, groups: int, name: str) -> None:
+        self.x, self.groups, self.name = x, groups, name
+        _launch.require(
+            x.dim() >= 2, f"{name}: expected [samples, channels, …], got {x.dim()} dimensions"
+        )
+        self.batch, self.channels = x.shape[:2]
+        fit = groups >= 1 and self.channels > 0 and self.channels % groups == 0
+        _launch.require(
+            fit, f"groups: expected a divisor of the {self.channels} channels, got {groups}"
+        )
+        d = self.channels // groups
+        _launch.require(
+            d <= DEEPEST, f"groups: at most {DEEPEST} channels a group are supported, got {d}"
+        )
+        self.pixels = x[:1, :1].numel() if self.batch else 0
+        # One pixel lies both ways: then rows of channels are the longer ones.
+        one = self.pixels == 1 and self.channels > 1
+        self.last = one or not (x.is_contiguous() or lies_as(x, False))
+
+    def view(self, t: Tensor | None, name: str) -> View:
+        """A tensor of x's shape that lies as x does."""
+        if t is None:
+            return None, None
+        _launch.require(t.shape == self.x.shape, f"{name}: expected the shape of {self.name}")
+        floating = t.dtype in _launch.FLOATS
+        _launch.require(floating, f"{name}: expected float32, float64, bfloat16 or float16")
+        there = _launch.same_device(t, self.x)
+        _launch.require(there, f"{name}: expected a tensor on {self.x.device}")
+        _launch.require(
+            lies_as(t, self.last),
+            f"{name}: expected samples without gaps, with channels "
+            f"{'last' if self.last else 'first'} in memory as those of {self.name}",
+        )
+        step = t.stride(0) if self.batch > 1 else self.channels * self.pixels
+        return t, (step, self.channels, 1) if self.last else (step, 1, self.pixels)
+
+    def row(self, t: Tensor | None, name: str, shared: bool = False) -> int:
+        """Step from sample to sample of a tensor [B, C], or 0 of one [C]."""
+        if t is None:
+            return 0
+        shape = self.x.shape[1:2] if shared else self.x.shape[:2]
+        _launch.require(
+            t.shape == shape and _launch.same_device(t, self.x),
+            f"{name}: expected a tensor [{'' if shared else 'samples, '}{self.channels}] on "
+            f"{self.x.device}",
+        )
+        _launch.require(
+            t.dtype in _launch.FLOATS, f"{name}: expected float32, float64, bfloat16 or float16"
+        )
+        together = self.channels <= 1 or t.stride(-1) == 1
+        _launch.require(together, f"{name}: expected channels beside one another in memory")
+        return 0 if shared else t.stride(0)
+
+    def pairs(self, t: Tensor, columns: int, name: str) -> None:
+        """RuntimeError for anything but a table of pairs in the type of the statistics."""
+        wide = torch.float64 if self.x.dtype == torch.float64 else torch.float32
+        shape = (self.batch, columns, 2)
+        ok = t.shape == shape and t.dtype == wide and t.is_contiguous()
+        _launch.require(
+            ok and _launch.same_device(t, self.x),
+            f"{name}: expected a contiguous {str(wide)[6:]} tensor {list(shape)} on "
+            f"{self.x.device}",
+        )
+
+    def cut(self, values: int) -> Cut:
+        of = (self.batch, self.channels, self.pixels, self.groups, self.x.dtype, self.last)
+        return cut(*of, values)
 
 
-def checked_groups(t: Tensor, groups: int, name: str) -> None:
-    _launch.require(t.dim() >= 2, f"{name}: expected [B, C, …], got {t.dim()} dimensions")
-    channels = t.shape[1]
-    _launch.require(
-        groups >= 1 and channels % groups == 0,
-        f"groups: expected a divisor of the {channels} channels, got {groups}",
-    )
-    _launch.require(
-        channels // groups <= DEEPEST,
-        f"groups: at most {DEEPEST} channels a group are supported, got {channels // groups}",
-    )
-
-
-def checked_stats(stats: Tensor, x: Tensor, groups: int) -> None:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    shape = (x.shape[0], groups, 2)
-    ok = stats.shape == shape and stats.dtype == wide and stats.is_contiguous()
-    _launch.require(
-        ok and _launch.same_device(stats, x),
-        f"stats: expected a contiguous {wide} tensor {list(shape)} on {x.device}",
-    )
-
-
-def rows_of(t: Tensor | None, x: Tensor, name: str, per_sample: bool = True) -> int:
-    """Step from sample to sample of a tensor [B, C], or 0 of one [C]; RuntimeError for others."""
-    if t is None:
-        return 0
-    shape = x.shape[:2] if per_sample else x.shape[1:2]
-    _launch.require(
-        t.shape == shape and t.dtype in _launch.FLOATS and _launch.same_device(t, x),
-        f"{name}: expected a floating-point tensor {list(shape)} on {x.device}",
-    )
-    together = t.shape[-1] <= 1 or t.stride(-1) == 1
-    _launch.require(together, f"{name}: expected neighbouring channels beside one another")
-    return t.stride(0) if per_sample else 0
+def lies_as(t: Tensor, last: bool) -> bool:
+    """Whether every sample lies in one piece, as [channels, …] or as […, channels]."""
+    if t.numel() == 0:
+        return True
+    return (t[0].movedim(0, -1) if last else t[0]).is_contiguous()

@@ -14,10 +14,8 @@ from torch import Tensor
 from . import _launch
 from ._groups import (
     UNSPECIALISED,
+    Sizes,
     affine,
-    checked_groups,
-    checked_stats,
-    cut,
     groups_of,
     inverse_root,
     lanes_of,
@@ -25,11 +23,9 @@ from ._groups import (
     over_pixels,
     read,
     read_lanes,
-    rows_of,
     sigmoid,
     spread,
     tile_at,
-    view,
     write,
 )
 from ._row import divide, float64_of
@@ -63,7 +59,7 @@ def finish(out, deviation, factor, beta, at, SILU: tl.constexpr, WHOLE: tl.const
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def hold(
     out, total, stats, x, weight, bias, scale, shift, add, residual, scale_step, shift_step,
-    add_step, eps_low, eps_high, gain_low, gain_high, pixels, image, groups, slices,
+    add_step, eps_low, eps_high, gain_low, gain_high, pixels, groups, slices,
     D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
     WHOLE: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +67,7 @@ def hold(
     A: tl.constexpr = stats.dtype.element_ty
     b, slice = (tl.program_id(0) // slices).to(tl.int64), tl.program_id(0) % slices
     lanes = lanes_of(slice, groups, D, DEPTH, GROUPS)
-    at = tile_at(b, 0, pixels, image, lanes, PIXELS, WIDE)
+    at = tile_at(b, 0, pixels, lanes, PIXELS, WIDE)
     gain = float64_of(gain_low, gain_high).to(A)
     h = summed(x, residual, add, add_step, gain, at, lanes, A, WHOLE)
     if total[0] is not None:
@@ -100,7 +96,7 @@ def values_of_chunk(chunk, tiles, pixels, D: tl.constexpr, PIXELS: tl.constexpr)
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def chunk_statistics(
-    partial, x, add, residual, add_step, gain_low, gain_high, pixels, image, groups, slices,
+    partial, x, add, residual, add_step, gain_low, gain_high, pixels, groups, slices,
     chunks, tiles,
     D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
     WHOLE: tl.constexpr, WIDE: tl.constexpr,
@@ -116,7 +112,7 @@ def chunk_statistics(
     squares = tl.zeros([PIXELS, GROUPS * DEPTH], A)
     counts = tl.zeros([PIXELS], A)
     for tile in range(tiles):
-        at = tile_at(b, (chunk * tiles + tile) * PIXELS, pixels, image, lanes, PIXELS, WIDE)
+        at = tile_at(b, (chunk * tiles + tile) * PIXELS, pixels, lanes, PIXELS, WIDE)
         h = summed(x, residual, add, add_step, gain, at, lanes, A, WHOLE)
         # Every lane has its own statistics: nothing crosses threads before the end.
         deviation = h - mean if WHOLE else tl.where(at[3], h - mean, 0.0)
@@ -158,7 +154,7 @@ def merged(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def normalise_chunk(
     out, total, stats, partial, x, weight, bias, scale, shift, add, residual, scale_step,
-    shift_step, add_step, eps_low, eps_high, gain_low, gain_high, pixels, image, groups, slices,
+    shift_step, add_step, eps_low, eps_high, gain_low, gain_high, pixels, groups, slices,
     chunks, tiles,
     D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
     CHUNKS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr,
@@ -182,7 +178,7 @@ def normalise_chunk(
     factor, centre = gamma * spread(r, DEPTH, GROUPS), spread(mean, DEPTH, GROUPS)[None, :]
     for tile in range(tiles):
         start = (chunk * tiles + (tiles - 1 - tile)) * PIXELS
-        at = tile_at(b, start, pixels, image, lanes, PIXELS, WIDE)
+        at = tile_at(b, start, pixels, lanes, PIXELS, WIDE)
         h = summed(x, residual, add, add_step, gain, at, lanes, A, WHOLE)
         if total[0] is not None:
             write(total, at, h, WHOLE)
@@ -205,35 +201,35 @@ def group_norm_silu_(
     gain: float,
     silu: bool,
 ) -> None:
-    checked_groups(x, groups, "x")
-    checked_stats(stats, x, groups)
-    for name, t in (("x", x), ("out", out), ("total", total), ("residual", residual)):
-        _launch.like_state(t, x, name)
-    for name, t in (("weight", weight), ("bias", bias)):
-        rows_of(t, x, name, per_sample=False)
-    steps = [rows_of(t, x, n) for n, t in (("scale", scale), ("shift", shift), ("add", add))]
+    sizes = Sizes(x, groups, "x")
+    of_x, of_residual = sizes.view(x, "x"), sizes.view(residual, "residual")
+    of_tensors = sizes.view(out, "out"), sizes.view(total, "total")
+    sizes.row(weight, "weight", shared=True)
+    sizes.row(bias, "bias", shared=True)
+    steps = sizes.row(scale, "scale"), sizes.row(shift, "shift"), sizes.row(add, "add")
+    sizes.pairs(stats, groups, "stats")
+    for name, t in (("x", x), ("residual", residual)):
+        _launch.check_alias(t, out, name, "out")
+    if total is not None:
+        for name, t in (("x", x), ("residual", residual), ("out", out)):
+            apart = t is None or not _launch.share_memory(total, t)
+            _launch.require(apart, f"total: shares memory with {name}")
     if x.numel() == 0:
         stats.zero_()
         return
-    batch, channels = x.shape[:2]
-    image = x.numel() // batch
-    pixels = image // channels
-    of_x = view(x, "x")
-    of_tensors = view(out, "out"), view(total, "total")
-    of_residual = view(residual, "residual")
-    how = cut(batch, channels, pixels, groups, x.dtype, of_x[1][1] == 1, VALUES)
+    how = sizes.cut(VALUES)
     parameters = (weight, bias, scale, shift, add, of_residual, *steps)
     of_eps, of_gain = _launch.halves_of_float(eps), _launch.halves_of_float(gain)
-    of_sizes = (pixels, image, groups, how.slices)
+    of_sizes = (sizes.pixels, groups, how.slices)
     if how.held:
         _launch.launch(
-            hold, batch * how.slices, x,
+            hold, sizes.batch * how.slices, x,
             *of_tensors, stats, of_x, *parameters, *of_eps, *of_gain, *of_sizes,
             SILU=silu, **how.constants,
         )  # fmt: skip
         return
-    programs = batch * how.slices * how.chunks
-    partial = stats.new_empty(batch * how.chunks * groups * 2)
+    programs = sizes.batch * how.slices * how.chunks
+    partial = stats.new_empty(sizes.batch * how.chunks * groups * 2)
     _launch.launch(
         chunk_statistics, programs, x,
         partial, of_x, add, of_residual, steps[2], *of_gain, *of_sizes, how.chunks, how.tiles,

@@ -14,21 +14,17 @@ from torch import Tensor
 from . import _launch
 from ._groups import (
     UNSPECIALISED,
+    Sizes,
     affine,
-    checked_groups,
-    checked_stats,
-    cut,
     groups_of,
     lanes_of,
     over_lanes,
     over_pixels,
     read,
     read_lanes,
-    rows_of,
     sigmoid,
     spread,
     tile_at,
-    view,
     write,
 )
 from ._row import divide, float64_of
@@ -149,7 +145,7 @@ def over_chunks(partial, b, chunks, columns, columns_of, ROWS: tl.constexpr, A: 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def hold_product(
     out, sums, given, h, stats, weight, bias, scale, shift, weight_dot, bias_dot, scale_step,
-    shift_step, weight_dot_step, bias_dot_step, gain_low, gain_high, pixels, image, groups, slices,
+    shift_step, weight_dot_step, bias_dot_step, gain_low, gain_high, pixels, groups, slices,
     D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
     WHOLE: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, FORWARD: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +153,7 @@ def hold_product(
     A: tl.constexpr = stats.dtype.element_ty
     b, slice = (tl.program_id(0) // slices).to(tl.int64), tl.program_id(0) % slices
     lanes = lanes_of(slice, groups, D, DEPTH, GROUPS)
-    at = tile_at(b, 0, pixels, image, lanes, PIXELS, WIDE)
+    at = tile_at(b, 0, pixels, lanes, PIXELS, WIDE)
     gain = float64_of(gain_low, gain_high).to(A)
     of_stats = lanes_stats(stats, b, slice, groups, DEPTH, GROUPS)
     of_affine = affine(weight, bias, scale, shift, scale_step, shift_step, b, lanes, A)
@@ -178,7 +174,7 @@ def hold_product(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def chunk_sums(
     partial, by_channel, given, h, stats, weight, bias, scale, shift, scale_step, shift_step,
-    gain_low, gain_high, pixels, image, groups, slices, chunks, tiles,
+    gain_low, gain_high, pixels, groups, slices, chunks, tiles,
     D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
     WHOLE: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, FORWARD: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +190,7 @@ def chunk_sums(
     normal_sum = tl.zeros([PIXELS, GROUPS * DEPTH], A)
     plain_sum = tl.zeros([PIXELS, GROUPS * DEPTH], A)
     for tile in range(tiles):
-        at = tile_at(b, (chunk * tiles + tile) * PIXELS, pixels, image, lanes, PIXELS, WIDE)
+        at = tile_at(b, (chunk * tiles + tile) * PIXELS, pixels, lanes, PIXELS, WIDE)
         normal, t = normal_and_t(h, given, of_stats, of_affine, gain, at, SILU, FORWARD, WHOLE, A)
         normal_sum = tl.fma(t, normal, normal_sum)
         plain_sum += t
@@ -211,7 +207,7 @@ def chunk_sums(
 def project_chunk(
     out, sums, partial, by_channel, given, h, stats, weight, bias, scale, shift, weight_dot,
     bias_dot, scale_step, shift_step, weight_dot_step, bias_dot_step, gain_low, gain_high, pixels,
-    image, groups, slices, chunks, tiles,
+    groups, slices, chunks, tiles,
     D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
     WHOLE: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, FORWARD: tl.constexpr,
 ):  # fmt: skip
@@ -235,7 +231,7 @@ def project_chunk(
     dots = dots_of(weight_dot, bias_dot, weight_dot_step, bias_dot_step, b, lanes, A)
     for tile in range(tiles):
         start = (chunk * tiles + (tiles - 1 - tile)) * PIXELS
-        at = tile_at(b, start, pixels, image, lanes, PIXELS, WIDE)
+        at = tile_at(b, start, pixels, lanes, PIXELS, WIDE)
         normal, t = normal_and_t(h, given, of_stats, of_affine, gain, at, SILU, FORWARD, WHOLE, A)
         project(out, normal, t, means, of_stats, of_affine, gain, dots, at, SILU, FORWARD, WHOLE)
 
@@ -257,60 +253,47 @@ def group_norm_silu_product_(
     silu: bool,
     forward: bool,
 ) -> None:
-    checked_groups(h, groups, "h")
-    checked_stats(stats, h, groups)
-    for name, t in (("h", h), ("out", out), ("given", given)):
-        _launch.like_state(t, h, name)
-    for name, t in (("weight", weight), ("bias", bias)):
-        rows_of(t, h, name, per_sample=False)
-    steps = [rows_of(t, h, n) for n, t in (("scale", scale), ("shift", shift))]
-    of_dots = (("weight_dot", weight_dot), ("bias_dot", bias_dot))
-    dot_steps = [rows_of(t, h, n) for n, t in of_dots]
-    checked_sums(sums, h, stats, forward)
+    sizes = Sizes(h, groups, "h")
+    of_h, of_given, of_out = sizes.view(h, "h"), sizes.view(given, "given"), sizes.view(out, "out")
+    sizes.row(weight, "weight", shared=True)
+    sizes.row(bias, "bias", shared=True)
+    steps = [sizes.row(t, name) for name, t in (("scale", scale), ("shift", shift))]
+    for name, t in (("weight_dot", weight_dot), ("bias_dot", bias_dot)):
+        _launch.require(forward or t is None, f"{name}: is read by the forward product only")
+        steps.append(sizes.row(t, name))
+    sizes.pairs(stats, groups, "stats")
+    if sums is not None:
+        _launch.require(not forward, "sums: are made by the backward product only")
+        sizes.pairs(sums, sizes.channels, "sums")
+    for name, t in (("given", given), ("h", h)):
+        _launch.check_alias(t, out, name, "out")
     if h.numel() == 0:
         if sums is not None:
             sums.zero_()
         return
-    batch, channels = h.shape[:2]
-    image = h.numel() // batch
-    pixels = image // channels
-    of_h = view(h, "h")
-    tensors = (view(given, "given"), of_h, stats, weight, bias, scale, shift)
-    of_out = view(out, "out")
-    how = cut(batch, channels, pixels, groups, h.dtype, of_h[1][1] == 1, VALUES)
+    how = sizes.cut(VALUES)
+    tensors = (of_given, of_h, stats, weight, bias, scale, shift)
     of_gain = _launch.halves_of_float(gain)
-    of_sizes = (pixels, image, groups, how.slices)
+    of_sizes = (sizes.pixels, groups, how.slices)
     of_chunks = (how.chunks, how.tiles)
     options = {"SILU": silu, "FORWARD": forward, **how.constants}
     if how.held:
         _launch.launch(
-            hold_product, batch * how.slices, h,
-            of_out, sums, *tensors, weight_dot, bias_dot, *steps, *dot_steps, *of_gain, *of_sizes,
-            **options,
+            hold_product, sizes.batch * how.slices, h,
+            of_out, sums, *tensors, weight_dot, bias_dot, *steps, *of_gain, *of_sizes, **options,
         )  # fmt: skip
         return
-    programs = batch * how.slices * how.chunks
-    partial = stats.new_empty(batch * how.chunks * groups * 2)
-    by_channel = None if sums is None else stats.new_empty(batch * how.chunks * channels * 2)
-    partials = (partial, by_channel)
+    programs = sizes.batch * how.slices * how.chunks
+    partial = stats.new_empty(sizes.batch * how.chunks * groups * 2)
+    by_channel = None
+    if sums is not None:
+        by_channel = stats.new_empty(sizes.batch * how.chunks * sizes.channels * 2)
     _launch.launch(
-        chunk_sums, programs, h, *partials, *tensors, *steps, *of_gain, *of_sizes, *of_chunks,
-        **options,
+        chunk_sums, programs, h, partial, by_channel, *tensors, *steps[:2], *of_gain, *of_sizes,
+        *of_chunks, **options,
     )  # fmt: skip
     _launch.launch(
         project_chunk, programs, h,
-        of_out, sums, *partials, *tensors, weight_dot, bias_dot, *steps, *dot_steps, *of_gain,
+        of_out, sums, partial, by_channel, *tensors, weight_dot, bias_dot, *steps, *of_gain,
         *of_sizes, *of_chunks, **options,
     )  # fmt: skip
-
-
-def checked_sums(sums: Tensor | None, h: Tensor, stats: Tensor, forward: bool) -> None:
-    if sums is None:
-        return
-    _launch.require(not forward, "sums: are made backward only")
-    shape = (*h.shape[:2], 2)
-    ok = sums.shape == shape and sums.dtype == stats.dtype and sums.is_contiguous()
-    _launch.require(
-        ok and _launch.same_device(sums, h),
-        f"sums: expected a contiguous {stats.dtype} tensor {list(shape)} on {h.device}",
-    )

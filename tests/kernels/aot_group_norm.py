@@ -51,7 +51,8 @@ def launch(
     how = _groups.cut(batch, channels, pixels, groups, WIDTHS[dtype], last, values)
     held = name.startswith("hold")
     assert how.held == held, f"{name} is not what runs"
-    step = (number(channels), 1) if last else (1, number(pixels))
+    sample = number(channels * pixels)
+    step = (sample, number(channels), 1) if last else (sample, 1, number(pixels))
     view, wide = (aot.pointer(dtype), step), aot.pointer("fp64" if dtype == "fp64" else "fp32")
     given = dict.fromkeys(("scale_step", "shift_step", "add_step", "weight_dot_step"), "i32")
     given |= dict.fromkeys(("bias_dot_step", "eps_low", "eps_high", "gain_low", "gain_high"), "i32")
@@ -62,7 +63,7 @@ def launch(
     given |= dict.fromkeys(("total", "residual"), view if rest else aot.MISSING)
     given |= dict.fromkeys(("out", "x", "h", "given"), view)
     given |= {"stats": wide, "partial": wide, "pixels": number(pixels), "SILU": True}
-    given |= {"image": number(channels * pixels), "FORWARD": forward, **how.constants}
+    given |= {"FORWARD": forward, **how.constants}
     given["CHUNKS"] = _groups.triton.next_power_of_2(how.chunks)
     options = {option: given.pop(option) for option in ("num_warps", "maxnreg")}
     moved = 1 + product + rest if name != "chunk_statistics" else 1 + rest

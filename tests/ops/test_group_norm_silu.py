@@ -1,4 +1,5 @@
-"""GroupNorm with FiLM, SiLU and the sum before it, and its products, on the CPU."""
+"""GroupNorm with FiLM, SiLU and the sum before it, and its products; for Triton, more stands in
+tests/kernels."""
 
 from dataclasses import replace
 
@@ -7,12 +8,14 @@ import norm_cases as cases
 import pytest
 import torch
 from norm_cases import BF16, F16, F32, F64, NAN
-from op_backends import BACKENDS, call
+from op_backends import BACKENDS, call, over, parameters
 
 from sbm_fast import _load
 
 HERE = [name for name in ("eager", "cpu") if name in BACKENDS]
+WITH_TRITON = [*HERE, *(name for name in ("triton",) if name in BACKENDS)]
 each = pytest.mark.parametrize("backend", HERE)
+each_with_triton = pytest.mark.parametrize("backend", [parameters(name) for name in WITH_TRITON])
 SHAPES = [
     ((3, 8, 5, 7), 4), ((2, 6), 3), ((4, 5), 5), ((2, 12, 300), 2), ((2, 7, 3, 4, 5), 1),
     ((2, 64, 12, 12), 32), ((1, 3, 1, 1), 3), ((2, 6, 70, 71), 2), ((2, 4100, 2, 2), 10),
@@ -29,9 +32,8 @@ OPTIONS = [
 ]
 
 
-@each
+@over("shape,groups", SHAPES, [SHAPES[0]], WITH_TRITON)
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize(("shape", "groups"), SHAPES)
 def test_the_formula(shape: tuple[int, ...], groups: int, last: bool, backend: str) -> None:
     for options in OPTIONS:
         case = cases.norm(shape, groups, last=last, **options)
@@ -48,7 +50,7 @@ def test_dtypes(dtype: torch.dtype, last: bool, backend: str) -> None:
             assert cases.violation(case, cases.output(case, backend)) == ""
 
 
-@each
+@each_with_triton
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
 def test_dtypes_may_differ(dtype: torch.dtype, backend: str) -> None:
     """Rows and residual are widened; out is rounded once from what x's own dtype would give."""
@@ -112,7 +114,7 @@ def test_nan_stays_in_its_group(last: bool, backend: str) -> None:
         assert got[hit].isnan().all() and torch.equal(got[~hit], clean[~hit])
 
 
-@each
+@each_with_triton
 def test_extremes_of_silu(backend: str) -> None:
     """σ's exponential neither overflows into a NaN nor hides one."""
     values = torch.tensor([-1e30, -200.0, -89.0, -88.5, -30.0, 0.0, 30.0, 88.5, 200.0, 1e30])
@@ -124,7 +126,7 @@ def test_extremes_of_silu(backend: str) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
-@each
+@each_with_triton
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (0, 4), (2, 4, 0), (2, 4, 3, 0)])
 def test_empty(shape: tuple[int, ...], backend: str) -> None:
     case = cases.norm(shape, 2, **OPTIONS[4])
@@ -133,7 +135,7 @@ def test_empty(shape: tuple[int, ...], backend: str) -> None:
     assert torch.equal(sums, torch.zeros(*shape[:2], 2))
 
 
-@each
+@each_with_triton
 @pytest.mark.parametrize("last", [False, True])
 def test_nothing_outside_the_outputs_is_written(last: bool, backend: str) -> None:
     for shape, groups in (((2, 6, 3, 5), 3), ((2, 6, 41, 53), 1), ((3, 70, 1, 1), 7)):
@@ -159,7 +161,7 @@ def test_nothing_outside_the_outputs_is_written(last: bool, backend: str) -> Non
             assert band.isnan().all()
 
 
-@each
+@each_with_triton
 def test_in_place(backend: str) -> None:
     for residual in (False, True):
         case = cases.norm((2, 8, 9, 9), 4, residual=residual)
