@@ -31,10 +31,12 @@ def compiled(arch: int, names: tuple[str, ...] = ()) -> Found:
     return found
 
 
-def nothing_spills(found: Found, arch: int, most: int = 0) -> None:
+def hold_to_the_machine(found: Found, arch: int, spilled: dict[str, int]) -> None:
+    """`spilled`: bytes of a thread's stack that a kernel may take, of some 300 that it holds."""
     for name, kernel in found.items():
-        assert kernel["STACK"] <= most and kernel["LOCAL"] == 0, (name, kernel)
-        assert kernel["REG"] <= 128 and kernel["shared"] <= SHARED[arch], (name, kernel)
+        assert kernel["STACK"] <= spilled.get(name, 0), (name, kernel)
+        assert kernel["LOCAL"] == 0 and kernel["REG"] <= 128, (name, kernel)
+        assert kernel["shared"] <= SHARED[arch], (name, kernel)
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +44,12 @@ def found() -> Found:
     return compiled(90, QUICK[90])
 
 
-def test_nothing_spills(found: Found) -> None:
-    nothing_spills(found, 90)
+def test_two_tensors_do_not_spill_and_four_hardly(found: Found) -> None:
+    hold_to_the_machine(found, 90, {"fast rest": 32, "fp32": 32})
 
 
-def test_nearly_nothing_spills_on_sm_80() -> None:
-    """Four numbers of a thread's 64, on an architecture that the rule was not made for."""
-    nothing_spills(compiled(80, QUICK[80]), 80, most=16)
+def test_sm_80() -> None:
+    hold_to_the_machine(compiled(80, QUICK[80]), 80, {"fast 128x32": 32})
 
 
 def test_one_reading_and_one_writing_of_sixteen_bytes_at_once(found: Found) -> None:
