@@ -78,7 +78,11 @@ def save(
         key: tensor.detach().to("cpu", None if key in exact else dtype).contiguous()
         for key, tensor in model.state_dict().items()
     }
-    data = safetensors.torch.save(weights, {_KEY: json.dumps(header)})
+    try:
+        text = json.dumps(header)
+    except TypeError as error:
+        raise TypeError(f"null_cond or metadata cannot be stored as JSON: {error}") from error
+    data = safetensors.torch.save(weights, {_KEY: text})
     _write(Path(path), data)
 
 

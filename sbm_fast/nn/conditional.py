@@ -27,7 +27,10 @@ class ConditionalNetwork(LevelNetwork):
 
     map_noise: nn.Module
     map_augment: nn.Linear | None
-    SIZES: ClassVar[tuple[str, ...]] = (*LevelNetwork.SIZES, "label_dim", "augment_dim")
+    SIZES: ClassVar[tuple[str, ...]] = (
+        *LevelNetwork.SIZES,
+        *("label_dim", "augment_dim", "channel_mult_emb"),
+    )
 
     def _common(
         self,
@@ -69,7 +72,8 @@ class ConditionalNetwork(LevelNetwork):
         if labels is None:
             return part.new_zeros(batch, width)
         if labels.ndim == 1 and not labels.is_floating_point():
-            labels = nn.functional.one_hot(labels.long(), width)
+            # torch's one_hot would ask the device for the largest label.
+            labels = part.new_zeros(labels.shape[0], width).scatter_(1, labels.long()[:, None], 1)
         labels = _shaped("class_labels", labels, batch, width).to(part.dtype)
         if self.training and self.config["label_dropout"]:
             kept = torch.rand(batch, 1, device=labels.device) >= self.config["label_dropout"]
@@ -90,6 +94,8 @@ class ConditionalNetwork(LevelNetwork):
     def demands(cls, config: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
         blocks, sizes = super().demands(config)
         names = ("label_dim", "augment_dim")
+        width = config["channels"] * config["channel_mult_emb"]
+        sizes[f"an embedding of {width}"] = width**2
         return blocks, sizes | {f"{name} {config[name]}": config[name] for name in names}
 
     def peer_tensors(self) -> list[PeerTensor]:

@@ -45,6 +45,7 @@ class ScoreSDENetwork(LevelNetwork):
         *,
         image_size: int,
         in_channels: int,
+        out_channels: int | None,
         channels: int,
         channel_mult: Sequence[int],
         num_blocks: int,
@@ -64,7 +65,9 @@ class ScoreSDENetwork(LevelNetwork):
         return {
             "image_size": options.positive("image_size", image_size),
             "in_channels": options.positive("in_channels", in_channels),
-            "out_channels": in_channels,
+            "out_channels": options.positive(
+                "out_channels", in_channels if out_channels is None else out_channels
+            ),
             "channels": options.positive("channels", channels),
             "channel_mult": options.positives("channel_mult", channel_mult),
             "num_blocks": options.positive("num_blocks", num_blocks),
@@ -126,7 +129,7 @@ class NCSNpp(ScoreSDENetwork):
 
     Args:
         image_size: height and width that the levels of attention are counted from.
-        in_channels: channels of the image.
+        in_channels, out_channels: channels of x and F; None: as in_channels.
         channels: width of the first level (nf).
         channel_mult: width factor of each level (ch_mult).
         num_blocks: residual blocks of a level (num_res_blocks); the decoder has one more.
@@ -156,6 +159,7 @@ class NCSNpp(ScoreSDENetwork):
         *,
         image_size: int = 32,
         in_channels: int = 3,
+        out_channels: int | None = None,
         channels: int = 128,
         channel_mult: Sequence[int] = (1, 2, 2, 2),
         num_blocks: int = 4,
@@ -186,6 +190,7 @@ class NCSNpp(ScoreSDENetwork):
         config = self._common(
             image_size=image_size,
             in_channels=in_channels,
+            out_channels=out_channels,
             channels=channels,
             channel_mult=channel_mult,
             num_blocks=num_blocks,
@@ -272,6 +277,7 @@ class DDPM(ScoreSDENetwork):
         *,
         image_size: int = 32,
         in_channels: int = 3,
+        out_channels: int | None = None,
         channels: int = 128,
         channel_mult: Sequence[int] = (1, 2, 2, 2),
         num_blocks: int = 2,
@@ -293,6 +299,7 @@ class DDPM(ScoreSDENetwork):
         config = self._common(
             image_size=image_size,
             in_channels=in_channels,
+            out_channels=out_channels,
             channels=channels,
             channel_mult=channel_mult,
             num_blocks=num_blocks,

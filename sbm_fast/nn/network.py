@@ -59,7 +59,6 @@ class Network(nn.Module):
     """Entries of ``config`` that say how large the network is: ints, or lists of ints."""
     config: dict[str, Any]
     blocks: tuple[ResidualBlock, ...]
-    _projections: tuple[nn.Linear, ...]
 
     def __init__(
         self,

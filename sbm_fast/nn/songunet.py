@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -45,6 +45,8 @@ class SongUNet(ConditionalNetwork):
     Raises:
         TypeError, ValueError: an argument is outside these ranges; the message names it.
     """
+
+    SIZES: ClassVar[tuple[str, ...]] = (*ConditionalNetwork.SIZES, "channel_mult_noise")
 
     def __init__(
         self,
@@ -125,6 +127,12 @@ class SongUNet(ConditionalNetwork):
                 smooth=True,
             )
         )
+
+    @classmethod
+    def demands(cls, config: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
+        blocks, sizes = super().demands(config)
+        width = config["channels"] * config["channel_mult_noise"]
+        return blocks, sizes | {f"{width} features of the label": width}
 
     def time_part(self, label: Tensor) -> Tensor:
         return self.map_noise(label).to(self.map_layer0.weight.dtype)
