@@ -59,6 +59,15 @@ SCHEDULERS = (*_DISCRETE, *_EDM, *_VE)
 
 _PREDICTS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
+_DOWNLOAD = [
+    "*.json",
+    *(
+        f"{folder}diffusion_pytorch_model{shard}.safetensors"
+        for folder in ("", "unet/")
+        for shard in ("", "-*-of-*")
+    ),
+]
 _INSTALL = "pip install 'sbm_fast[diffusers]'"
 
 
@@ -288,7 +297,7 @@ def _folder(source: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"folder {os.fspath(source)!r} does not exist")
     hub = _import("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(hub.snapshot_download(source, allow_patterns=_DOWNLOAD))
     except Exception as error:  # whatever its HTTP library raises: no such repository, no network
         raise FileNotFoundError(
             f"there is no folder {source!r}, and the Hugging Face Hub did not give it: {error}"
@@ -339,7 +348,7 @@ def _read_network(home: Path, config: dict[str, Any]) -> nn.Module:
 
 def _shapes(home: Path) -> list[int]:
     """The number of elements of every tensor in the folder's safetensors files."""
-    files = sorted(home.glob("diffusion_pytorch_model*.safetensors"))
+    files = sorted(file for file in home.iterdir() if _WEIGHTS.fullmatch(file.name))
     if not files:
         others = sorted(file.name for pattern in ("*.bin", "*.pt*") for file in home.glob(pattern))
         if others:
@@ -348,7 +357,10 @@ def _shapes(home: Path) -> list[int]:
                 "only safetensors are read, and this is a pickle; convert it where you trust it: "
                 "UNet2DModel.from_pretrained(…).save_pretrained(…, safe_serialization=True)",
             )
-        raise FileNotFoundError(f"no diffusion_pytorch_model.safetensors in {os.fspath(home)!r}")
+        raise FileNotFoundError(
+            f"there is no diffusion_pytorch_model.safetensors in {os.fspath(home)!r}, and only "
+            "safetensors are read"
+        )
     sizes = []
     for file in files:
         try:

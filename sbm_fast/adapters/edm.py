@@ -51,6 +51,9 @@ _NETWORKS: dict[str, tuple[type[Network], dict[str, str]]] = {
 }
 
 
+_MODULES = 10_000  # EDM's largest network has a tenth of that
+
+
 @dataclass(frozen=True)
 class HalfLog:
     """The label ln(σ/2) at time t of ``sde``, of EDM's VE networks."""
@@ -187,7 +190,7 @@ def _network(outer: Record) -> Network:
         raise ValueError(f"expected a model of {', '.join(_NETWORKS)}, got {_named(inner)}")
     cls, names = _NETWORKS[inner.class_name]
     config = _config(inner, names)
-    tensors = dict(_tensors(inner, ""))
+    tensors = _tensors(inner)
     if outer.class_name == "VEPrecond":
         # D = x + σ F: there F is −ε. All of F comes from these convolutions.
         last = [name for name in tensors if "aux_conv." in name or name.startswith("out_conv.")]
@@ -204,6 +207,7 @@ def _network(outer: Record) -> Network:
         "preconditioning": outer.class_name,
         "model": inner.class_name,
         "use_fp16": bool(outer.state.get("use_fp16", False)),
+        "data_range": [-1, 1],
     }
     return network
 
@@ -220,18 +224,20 @@ def _config(inner: Record, names: Mapping[str, str]) -> dict[str, Any]:
     return config
 
 
-def _tensors(record: Record, prefix: str) -> list[tuple[str, Tensor]]:
-    """Names and values of its ``state_dict()``."""
-    if prefix.count(".") > 8:
-        raise ValueError("its modules are nested too deep")
-    found: list[tuple[str, Tensor]] = []
-    for kind in ("_parameters", "_buffers"):
-        for name, value in record.state[kind].items():
-            if isinstance(value, Tensor):
-                found.append((f"{prefix}{name}", value))
-    for name, child in record.state["_modules"].items():
-        if isinstance(child, Record):
-            found += _tensors(child, f"{prefix}{name}.")
+def _tensors(record: Record) -> dict[str, Tensor]:
+    """Its ``state_dict()``."""
+    found: dict[str, Tensor] = {}
+    modules = [("", record)]
+    for prefix, module in modules:  # grows by the children of what it holds
+        for kind in ("_parameters", "_buffers"):
+            for name, value in module.state[kind].items():
+                if isinstance(value, Tensor):
+                    found[f"{prefix}{name}"] = value
+        for name, child in module.state["_modules"].items():
+            if isinstance(child, Record):
+                modules.append((f"{prefix}{name}.", child))
+        if len(modules) > _MODULES:
+            raise ValueError(f"it has more than {_MODULES} modules, or one that holds itself")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -79,6 +81,25 @@ def test_other_folders(folder: Path, layout: str) -> None:
         folder = folder / "unet"
     x, label = draws(1)[0], torch.tensor([3.0, 17.0])
     assert torch.equal(load(folder)(x, label), unet()(x, label).sample)
+
+
+@torch.no_grad()
+def test_weights_in_parts_and_of_older_releases(folder: Path, tmp_path: Path) -> None:
+    x, label = draws(1)[0], torch.tensor([3.0, 17.0])
+    theirs = unet()(x, label).sample
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = safetensors.torch.load_file(file)
+    for new, old in names.items():
+        weights = {name.replace(new, old): tensor for name, tensor in weights.items()}
+    assert any("proj_attn" in name for name in weights)
+    safetensors.torch.save_file(weights, file)
+    assert torch.equal(load(folder)(x, label), theirs)
+
+    file.unlink()
+    unet().save_pretrained(folder / "unet", max_shard_size="20KB")
+    assert len(list((folder / "unet").glob("*.safetensors"))) > 2
+    assert torch.equal(load(folder)(x, label), theirs)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
@@ -287,7 +308,7 @@ def test_wrong_files(folder: Path) -> None:
     refused("only safetensors are read")
     weights.with_suffix(".bin").unlink()
     weights.unlink()
-    refused("no diffusion_pytorch_model.safetensors in", FileNotFoundError)
+    refused("there is no diffusion_pytorch_model.safetensors in", FileNotFoundError)
 
 
 def test_missing(tmp_path: Path) -> None:
@@ -311,7 +332,18 @@ def test_repositories(monkeypatch: pytest.MonkeyPatch, pipeline: Path) -> None:
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert load("google/ddpm-cifar10-32").sample_shape == (1, 8, 8)
-    assert asked == [("google/ddpm-cifar10-32", ["*.json", "*.safetensors"])]
+    assert [name for name, _ in asked] == ["google/ddpm-cifar10-32"]
+
+    def wanted(file: str) -> bool:
+        return any(fnmatch.fnmatchcase(file, pattern) for pattern in asked[0][1])
+
+    for folder in ("", "unet/"):
+        assert wanted(folder + "config.json")
+        assert wanted(folder + "diffusion_pytorch_model.safetensors")
+        assert wanted(folder + "diffusion_pytorch_model-00001-of-00002.safetensors")
+        assert not wanted(folder + "diffusion_pytorch_model.bin")
+        assert not wanted(folder + "diffusion_pytorch_model.fp16.safetensors")
+    assert not wanted("vqvae/diffusion_pytorch_model.safetensors")
     with pytest.raises(FileNotFoundError, match=r"nobody/nothing.*404"):
         load("nobody/nothing")
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import sbm_fast
 from sbm_fast import EDMSDE, VESDE, VPSDE, DDPMSchedule
 from sbm_fast.adapters import edm
+from sbm_fast.adapters._unpickle import Record
 from sbm_fast.nn import ADM, SongUNet
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "edm"
@@ -96,6 +97,7 @@ def test_metadata_and_saving(snapshots: Path, tmp_path: Path) -> None:
         "preconditioning": "VPPrecond",
         "model": "SongUNet",
         "use_fp16": True,
+        "data_range": [-1, 1],
     }
     model.net.save(tmp_path / "net.safetensors")
     back = SongUNet.load(tmp_path / "net.safetensors").eval()
@@ -168,3 +170,16 @@ def test_wrong_files(snapshots: Path, tmp_path: Path) -> None:
     refused(wide, "network is not usable")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         edm.load(tmp_path / "nothing.pkl")
+
+
+def test_modules_that_hold_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(name: str, **state: Any) -> Record:
+        return Record(name, {"_parameters": {}, "_buffers": {}, "_modules": {}, **state})
+
+    inner = record("SongUNet", _init_args=(8, 3, 3), _init_kwargs={})
+    inner.state["_modules"] = {"enc": inner, "dec": inner}
+    outer = record("EDMPrecond", sigma_min=0, sigma_max=1.0, sigma_data=0.5)
+    outer.state["_modules"] = {"model": inner}
+    monkeypatch.setattr(edm, "read_pickle", lambda _: {"ema": outer})
+    with pytest.raises(ValueError, match=r"snapshot\.pkl.*more than 10000 modules"):
+        edm.load("snapshot.pkl")
