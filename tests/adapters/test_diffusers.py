@@ -224,6 +224,23 @@ def test_a_table_of_times_takes_whole_levels() -> None:
     )
 
 
+@torch.no_grad()
+def test_other_networks_of_diffusers_are_wrapped_live() -> None:
+    torch.manual_seed(0)
+    net = diffusers.UNet2DConditionModel(
+        **SMALL
+        | dict(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=6,
+        )
+    ).eval()
+    model = wrap(net, diffusers.DDPMScheduler(**CHAIN))
+    x, label, text = draws(1)[0], torch.tensor([3.0, 17.0]), torch.randn(2, 5, 6)
+    theirs = net(x, label, text).sample
+    assert torch.equal(model(x, label, encoder_hidden_states=text), theirs)
+
+
 def test_derived_schedulers_are_known() -> None:
     class Own(diffusers.DDPMScheduler):
         pass
