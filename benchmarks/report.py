@@ -64,12 +64,12 @@ def record(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": facts(),
         "cores_busy_before": round(busy, 2),
-        "workloads": [_entry(m) for m in measurements],
+        "workloads": [entry(m) for m in measurements],
         "pc_buffers": {"shape": buffers.SHAPE, "goal": 4, "moonshot": 3, "held": held},
     }
 
 
-def _entry(m: Measurement) -> dict[str, Any]:
+def entry(m: Measurement) -> dict[str, Any]:
     w = m.workload
     goals = {goal.baseline: goal for goal in w.goals}
     results = {}

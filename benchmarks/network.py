@@ -1,0 +1,286 @@
+"""Times the network's blocks and a whole U-Net beside eager PyTorch and torch.compile.
+
+python -m benchmarks.network          all of it, about a quarter of an hour on two cores
+python -m benchmarks.network --quick  without torch.compile; prints, records nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.checkout import ROOT
+from benchmarks.ddpmpp_eager import EagerDDPMpp
+from benchmarks.machine import busy_cores, facts, headline, require_compiled
+from benchmarks.markdown import with_goals
+from benchmarks.measure import Measurement, measure
+from benchmarks.report import QUIET, entry, table
+from benchmarks.workloads import COMPILED, OURS, Case, Goal, Workload
+from sbm_fast.nn import UNet
+from sbm_fast.nn.conv import packed
+from sbm_fast.nn.functional import group_norm_silu
+from sbm_fast.nn.peer_weights import from_peer
+
+EAGER, EAGER_NHWC, AUTOTUNED = "eager", "eager, channels_last", "torch.compile, max-autotune"
+RECORD = ROOT / "benchmarks" / "results" / "network.json"
+GROUPS, EPS = 32, 1e-6
+
+
+@dataclass(frozen=True)
+class Normalisation(Workload):
+    """GroupNorm and SiLU of an NHWC tensor; `film`: with a time vector added before, FiLM behind.
+
+    A step is one call. All get the same tensors, in memory for their output that is new each call.
+    """
+
+    film: bool = False
+    compiled: bool = True
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return (EAGER, *((COMPILED, AUTOTUNED) if self.compiled else ()), OURS)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        source = torch.Generator().manual_seed(1)
+        batch, channels = self.shape[:2]
+        x = torch.randn(self.shape, generator=source).to(memory_format=torch.channels_last)
+        given = {"x": 2 * x + 1, "weight": torch.randn(channels, generator=source)}
+        given["bias"] = torch.randn(channels, generator=source)
+        if self.film:
+            for name in ("scale", "shift", "add"):
+                given[name] = torch.randn(batch, channels, generator=source)
+        return given
+
+    def function(self, label: str) -> Callable[[], Tensor]:
+        given = self.tensors
+        if label == OURS:
+            rest = {k: v for k, v in given.items() if k not in ("x", "weight", "bias")}
+            x, weight, bias = given["x"], given["weight"], given["bias"]
+            return lambda: group_norm_silu(x, GROUPS, weight, bias, EPS, **rest)  # type: ignore[arg-type, return-value]
+        plain = plain_film if self.film else plain_norm
+        if label in (COMPILED, AUTOTUNED):
+            mode = "max-autotune" if label == AUTOTUNED else "default"
+            plain = torch.compile(plain, fullgraph=True, dynamic=False, mode=mode)
+        return lambda: plain(**given)
+
+    def case(self, label: str) -> Case:
+        function = self.function(label)
+
+        @torch.no_grad()
+        def run() -> None:
+            for _ in range(self.steps):
+                function()
+
+        return Case(lambda: None, run)
+
+    @torch.no_grad()
+    def check(self) -> dict[str, float]:
+        """Largest error against float64, relative to the largest value; 16 units of float32."""
+        plain = plain_film if self.film else plain_norm
+        exact = plain(**{name: value.double() for name, value in self.tensors.items()})
+        return checked(self, exact, 16 * torch.finfo(torch.float32).eps, self.function)
+
+
+def plain_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return functional.silu(functional.group_norm(x, GROUPS, weight, bias, EPS))
+
+
+def plain_film(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, add: Tensor
+) -> Tensor:
+    """As ADM writes it."""
+    h = x + add[:, :, None, None]
+    h = functional.group_norm(h, GROUPS, weight, bias, EPS)
+    h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return functional.silu(h)
+
+
+@dataclass(frozen=True)
+class Forward(Workload):
+    """One call of DDPM++ for CIFAR-10 (61.8 M parameters), float32, weights packed for ours."""
+
+    compiled: tuple[str, ...] = (COMPILED, AUTOTUNED)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return (EAGER, EAGER_NHWC, *self.compiled, OURS)
+
+    @cached_property
+    def networks(self) -> tuple[EagerDDPMpp, torch.nn.Module]:
+        return networks()
+
+    @cached_property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        source = torch.Generator().manual_seed(2)
+        label = 999 * torch.rand(self.shape[0], generator=source)
+        return torch.randn(self.shape, generator=source), label
+
+    def function(self, label: str) -> Callable[[], Tensor]:
+        plain, own = self.networks
+        x, time = self.inputs
+        if label == OURS:
+            return lambda: own(x, time)
+        if label == EAGER_NHWC:
+            x = x.to(memory_format=torch.channels_last)
+            plain = plain_nhwc()
+        elif label != EAGER:
+            mode = "max-autotune" if label == AUTOTUNED else "default"
+            compiled = torch.compile(plain, fullgraph=True, dynamic=False, mode=mode)
+            return lambda: compiled(x, time)
+        return lambda: plain(x, time)
+
+    def case(self, label: str) -> Case:
+        function = self.function(label)
+
+        @torch.no_grad()
+        def run() -> None:
+            for _ in range(self.steps):
+                function()
+
+        return Case(lambda: None, run)
+
+    @torch.no_grad()
+    def check(self) -> dict[str, float]:
+        """Largest difference to the float32 eager network's float64 self, relative; 1e-4."""
+        x, time = self.inputs
+        plain = self.networks[0]
+        exact = plain.double()(x.double(), time)
+        plain.float()
+        return checked(self, exact, 1e-4, self.function)
+
+
+_made: dict[str, Any] = {}
+_packs = ExitStack()
+
+
+def networks() -> tuple[EagerDDPMpp, torch.nn.Module]:
+    """The eager network and ours with the same weights, none of them zero; ours packed for good,
+    as they are in a sampler's run."""
+    if "pair" not in _made:
+        torch.manual_seed(0)
+        plain, own = EagerDDPMpp().eval(), UNet.from_preset("ddpmpp_cifar10").eval()
+        names = [peer.name for peer in own.peer_tensors()]
+        theirs = dict(zip(names, plain.parameters(), strict=True))
+        own.load_state_dict(from_peer(own, theirs))
+        _packs.enter_context(packed(own))
+        _made["pair"] = plain, own
+    pair: tuple[EagerDDPMpp, torch.nn.Module] = _made["pair"]
+    return pair
+
+
+def plain_nhwc() -> EagerDDPMpp:
+    if "nhwc" not in _made:
+        twin = EagerDDPMpp().eval()
+        twin.load_state_dict(networks()[0].state_dict())
+        _made["nhwc"] = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network: EagerDDPMpp = _made["nhwc"]
+    return network
+
+
+def checked(
+    workload: Normalisation | Forward,
+    exact: Tensor,
+    bound: float,
+    function: Callable[[str], Callable[[], Tensor]],
+) -> dict[str, float]:
+    errors = {}
+    for label in workload.labels:
+        error = (function(label)().double() - exact).abs().max() / exact.abs().max()
+        errors[label] = float(error)
+        assert errors[label] <= bound, f"{workload.title}: {label} is off by {error:.2g}"
+    return errors
+
+
+NORM, FILM, FORWARD = "GroupNorm + SiLU", "add + GroupNorm + FiLM + SiLU", "DDPM++ forward"
+SHAPES = (4, 128, 32, 32), (4, 256, 16, 16), (64, 64, 8, 8)
+OF_NORM = Goal(EAGER, 3, 5), Goal(COMPILED, 2.5, 4)
+OF_FILM = Goal(EAGER, 4, 5), Goal(COMPILED, 2.5, 4)
+WORKLOADS: tuple[Normalisation | Forward, ...] = (
+    *(Normalisation(NORM, shape, 2, 50, 31, OF_NORM) for shape in SHAPES),
+    *(Normalisation(FILM, shape, 2, 50, 31, OF_FILM, film=True) for shape in SHAPES),
+    Forward(FORWARD, (1, 3, 32, 32), 2, 2, 15, (Goal(EAGER, 1.4, 2),)),
+    Forward(FORWARD, (8, 3, 32, 32), 2, 1, 9, (Goal(EAGER, 1.4, 2),)),
+)
+
+
+def quick(workload: Normalisation | Forward) -> Normalisation | Forward:
+    if isinstance(workload, Normalisation):
+        return replace(workload, compiled=False)
+    return replace(workload, compiled=())
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table of README and docs."""
+    others = (EAGER, EAGER_NHWC, COMPILED, AUTOTUNED)
+    lines = [
+        f"| | ours, ms | {' | '.join(f'{other} ÷ ours' for other in others)} |",
+        f"|---|---|{'---|' * len(others)}",
+    ]
+    for workload in record["workloads"]:
+        results = workload["results"]
+        name = f"{workload['name']} {'×'.join(map(str, workload['shape']))}"
+        cells = [
+            with_goals(f"{results[other]['ratio']:.2f}×", results[other], "g")
+            if other in results
+            else ""
+            for other in others
+        ]
+        lines.append(f"| {name} | {results[OURS]['median'] * 1e3:.3g} | {' | '.join(cells)} |")
+    machine, threads = record["machine"], record["workloads"][0]["threads"]
+    note = (
+        f"float32, {threads} threads, medians of interleaved runs in one process, in brackets goal "
+        f"/ moonshot: `{record['command']}` on {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['instruction_set']}, torch {machine['versions']['torch']}, Python "
+        f"{machine['versions']['python']}, {machine['versions']['compiler']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="no torch.compile; no record")
+    parser.add_argument("--only", default="", help="workloads whose title holds this; no record")
+    arguments = parser.parse_args()
+    only_eager: bool = arguments.quick
+    try:
+        require_compiled()
+    except RuntimeError as error:
+        sys.exit(str(error))
+    print(headline(), flush=True)
+    busy = busy_cores()
+    if busy > QUIET:
+        print(f"warning: other processes keep {busy:.2f} cores busy; these times mean little")
+    measurements: list[Measurement] = []
+    for workload in WORKLOADS:
+        if arguments.only not in workload.title:
+            continue
+        print(f"measuring {workload.title} …", file=sys.stderr, flush=True)
+        measurements.append(measure(quick(workload) if only_eager else workload))
+    print(table(measurements))
+    if only_eager or arguments.only:
+        return
+    record = {
+        "command": "python -m benchmarks.network",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": facts(),
+        "cores_busy_before": round(busy, 2),
+        "workloads": [entry(m) for m in measurements],
+    }
+    RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"written to {RECORD}")
+
+
+if __name__ == "__main__":
+    main()
