@@ -1,7 +1,7 @@
 """The tables of README and docs, made from the records in benchmarks/results.
 
 python -m benchmarks.readme          prints them
-python -m benchmarks.readme --write  puts them into README.md and docs/likelihood.md
+python -m benchmarks.readme --write  puts them into README.md and docs/*.md
 """
 
 import argparse
@@ -9,25 +9,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda_static, divergence, likelihood_tables, markdown
+from benchmarks import cuda_static, divergence, likelihood_tables, markdown, network
 from benchmarks.checkout import ROOT
 from benchmarks.gpu import readme as gpu
 from benchmarks.report import RECORD as CPU_RECORD
 
 README = ROOT / "README.md"
 LIKELIHOOD = ROOT / "docs" / "likelihood.md"
+NETWORK = ROOT / "docs" / "network.md"
 
 
 def sections() -> dict[Path, dict[str, str]]:
     """By file, what stands between `<!-- name: begin -->` and `<!-- name: end -->`."""
     of_likelihoods = likelihood_tables.sections()
+    of_network = {"network": network.markdown(_read(network.RECORD))}
     in_readme = {
         "speed": markdown.table(_read(CPU_RECORD)),
         "likelihood": of_likelihoods.pop("likelihood"),
+        **of_network,
         "gpu": gpu.markdown(),
         "cuda static": static_figures(_read(cuda_static.RECORD)),
     }
-    return {README: in_readme, LIKELIHOOD: of_likelihoods | divergence.sections()}
+    of_likelihoods |= divergence.sections()
+    return {README: in_readme, LIKELIHOOD: of_likelihoods, NETWORK: of_network}
 
 
 def static_figures(record: dict[str, Any]) -> str:
