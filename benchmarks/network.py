@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.checkout import ROOT
 from benchmarks.ddpmpp_eager import EagerDDPMpp
 from benchmarks.machine import busy_cores, facts, headline, require_compiled
 from benchmarks.markdown import with_goals
-from benchmarks.measure import Measurement, measure
+from benchmarks.measure import Measurement, measure, threads
 from benchmarks.report import QUIET, entry, table
 from benchmarks.workloads import COMPILED, OURS, Case, Goal, Workload
 from sbm_fast.nn import UNet
@@ -203,6 +204,28 @@ def checked(
     return errors
 
 
+@torch.no_grad()
+def profiled(workload: Forward, calls: int = 3) -> list[dict[str, Any]]:
+    """The operations of our forward, by their share of its time: what remains and how much."""
+    function = workload.function(OURS)
+    with threads(workload.threads):
+        function()
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            for _ in range(calls):
+                function()
+    events = recorded.key_averages()
+    whole = sum(event.self_cpu_time_total for event in events)
+    shares = [
+        {
+            "op": event.key,
+            "calls": event.count / calls,
+            "share": event.self_cpu_time_total / whole,
+        }
+        for event in events
+    ]
+    return sorted(shares, key=lambda entry: -float(entry["share"]))[:12]
+
+
 NORM, FILM, FORWARD = "GroupNorm + SiLU", "add + GroupNorm + FiLM + SiLU", "DDPM++ forward"
 SHAPES = (4, 128, 32, 32), (4, 256, 16, 16), (64, 64, 8, 8)
 OF_NORM = Goal(EAGER, 3, 5), Goal(COMPILED, 2.5, 4)
@@ -248,6 +271,21 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def profile_table(record: dict[str, Any]) -> str:
+    """What remains beside the convolutions in a forward of ours."""
+    batches = record["profile"]
+    lines = [f"| operation | {' | '.join(batches)} |", f"|---|{'---|' * len(batches)}"]
+    cells: dict[str, dict[str, str]] = {}
+    for batch, entries in batches.items():
+        for found in entries:
+            text = f"{found['share']:.1%} ({found['calls']:g} calls)"
+            cells.setdefault(found["op"], {})[batch] = text
+    for op, by_batch in cells.items():
+        row = [by_batch.get(batch, "") for batch in batches]
+        lines.append(f"| `{op}` | {' | '.join(row)} |")
+    return "\n".join([*lines, "", f"Shares of one forward of DDPM++, `{record['command']}`."])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="no torch.compile; no record")
@@ -277,6 +315,9 @@ def main() -> None:
         "machine": facts(),
         "cores_busy_before": round(busy, 2),
         "workloads": [entry(m) for m in measurements],
+        "profile": {
+            f"batch {w.shape[0]}": profiled(w) for w in WORKLOADS if isinstance(w, Forward)
+        },
     }
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"written to {RECORD}")

@@ -23,6 +23,7 @@ def sections() -> dict[Path, dict[str, str]]:
     """By file, what stands between `<!-- name: begin -->` and `<!-- name: end -->`."""
     of_likelihoods = likelihood_tables.sections()
     of_network = {"network": network.markdown(_read(network.RECORD))}
+    profile = {"network profile": network.profile_table(_read(network.RECORD))}
     in_readme = {
         "speed": markdown.table(_read(CPU_RECORD)),
         "likelihood": of_likelihoods.pop("likelihood"),
@@ -31,7 +32,7 @@ def sections() -> dict[Path, dict[str, str]]:
         "cuda static": static_figures(_read(cuda_static.RECORD)),
     }
     of_likelihoods |= divergence.sections()
-    return {README: in_readme, LIKELIHOOD: of_likelihoods, NETWORK: of_network}
+    return {README: in_readme, LIKELIHOOD: of_likelihoods, NETWORK: of_network | profile}
 
 
 def static_figures(record: dict[str, Any]) -> str:
