@@ -42,11 +42,11 @@ def static_figures(record: dict[str, Any]) -> str:
         "element | of the issue rate at copy speed | predicted limit |",
         "|---|---|---|---|---|---|---|",
     ]
-    for network, loop in record["fast_path"]["sm_90"].items():
+    for output, loop in record["fast_path"]["sm_90"].items():
         kernel = record["kernels"]["sm_90"][loop["kernel"]]
         busy = loop["h200"]["busy_at_memory_speed"]["issue"]
         lines.append(
-            f"| {network.removesuffix(' network')} | {kernel['registers']} | "
+            f"| {output.removesuffix(' network')} | {kernel['registers']} | "
             f"{kernel['spill_stores'] + kernel['spill_loads']} | "
             f"{kernel['blocks_per_multiprocessor']} | {loop['instructions_per_element']:g} | "
             f"{busy:.0%} | {loop['h200']['limited_by']} |"
