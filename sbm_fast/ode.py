@@ -144,8 +144,11 @@ class Adaptive:
         self._stages, self._tableau = Stages(system, tableau, kernels, u), tableau
         self._solution = Solution.empty(u, system.columns)
         self._batch = max(1, min(batch_size or len(u), len(u)))
-        # A look costs a GPU its queue; on a CPU it is free.
-        self._steps_between_looks = 1 if u.device.type == "cpu" else 4
+        # A look costs a GPU its queue, and a small batch as much as a large one; on a CPU a look is
+        # free, and an empty place costs more than newcomers that begin alone.
+        on_cpu = u.device.type == "cpu"
+        self._steps_between_looks = 1 if on_cpu else 4
+        self._fewest_newcomers = 1 if on_cpu else max(1, self._batch // 8)
         self._waiting = torch.arange(len(u), device=u.device)
 
     def solve(self, progress: bool = False) -> Solution:
@@ -234,8 +237,7 @@ class Adaptive:
         """Hands over what is done; others take its places."""
         done = torch.nonzero(~pool.active).flatten()
         waiting = len(self._waiting)
-        enough = max(1, self._batch // 8) if waiting else 1
-        if len(done) < enough:
+        if len(done) < (self._fewest_newcomers if waiting else 1):
             return pool
         lost = done[pool.h[done].isnan()]
         if len(lost):
