@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu_lab
 from benchmarks.baselines import FixedNoise, Tuned
-from benchmarks.gpu import checks, conformance, files, readme, table
+from benchmarks.gpu import checks, conformance, files, group_norm, readme, table
 from benchmarks.gpu.comparison import Comparison
 from benchmarks.gpu.context import Context, Entries
 from benchmarks.gpu.phases import MOST, Phase, all_phases
@@ -292,6 +292,23 @@ def test_op_that_misses_a_sample_is_found() -> None:
     op.step = wrong
     with pytest.raises(AssertionError, match="off from eager"):
         checks.hold_op_to_reference(op, "eager")
+
+
+def test_norm_that_is_wrong_is_found() -> None:
+    inputs = group_norm.Inputs(DRY, (8, 32, 4, 4), 1, film=True)
+    inputs.case(inputs.op())
+
+    def half_written(x: torch.Tensor) -> torch.Tensor:
+        out = inputs.ours(x).clone()
+        out[-1, -1] = 0.0
+        return out
+
+    def without_film(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(torch.nn.functional.group_norm(x, *inputs.fixed()))
+
+    for wrong in (half_written, without_film):
+        with pytest.raises(AssertionError, match="relative"):
+            inputs.case(wrong)
 
 
 def test_phases_fit_the_issue() -> None:
