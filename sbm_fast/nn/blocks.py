@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from sbm_fast.nn import resample
 from sbm_fast.nn.conv import Conv2d
@@ -120,7 +122,7 @@ class SelfAttention(nn.Module):
             batch, height * width, 3, self.heads, channels // self.heads
         )
         q, k, v = rows.transpose(1, 3).unbind(2)
-        h = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        h = attend(q, k, v).transpose(1, 2)
         h = h.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
         return self.out(h, gain=self.gain, plus=x)
 
@@ -199,6 +201,22 @@ class Upsample(nn.Module):
         """gain · (y + plus); without a convolution, y."""
         x = self.filter(x, self.border)
         return x if self.conv is None else self.conv(x, gain=gain, plus=plus)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ/√d) v over [B, heads, positions, d].
+
+    torch's fused kernels have no forward-mode derivative; inside of one (and of torch.func's
+    transforms, which may be one) the formula is made of its parts.
+    """
+    if torch.compiler.is_compiling() or not _transformed():
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+    weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
+    return weights @ v
+
+
+def _transformed() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def group_norm(channels: int, group_size: int) -> Norm:

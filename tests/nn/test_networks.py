@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from network_cases import CASES, SMALL
+from network_cases import CASES, SMALL, draw
 from torch import nn
 
 from sbm_fast.nn import ADM, DDPM, NCSNpp, Network, SongUNet
@@ -78,6 +78,31 @@ def test_gradients_reach_every_parameter_and_the_input(name: str) -> None:
     assert x.grad is not None and x.grad.abs().sum() > 0
     silent = [k for k, p in net.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
+
+
+@every_case
+def test_forward_mode_is_the_transpose_of_backward_mode(name: str) -> None:
+    """wᵀ (J v) by forward mode, of the network and of a time table, and (Jᵀ w)ᵀ v."""
+    case = CASES[name]
+    net, x, labels = case.network().double(), case.image().double(), torch.tensor(case.labels)
+    prepared, row = net.prepare(labels), torch.tensor([0, 1])
+    v, w = draw("v", tuple(x.shape)).double(), draw("w", tuple(x.shape)).double()
+    y, vjp = torch.func.vjp(lambda x: net(x, labels, **case.cond), x)
+    want = (vjp(w)[0] * v).sum()
+    for f in (lambda x: net(x, labels, **case.cond), lambda x: prepared(x, row, **case.cond)):
+        out, tangent = torch.func.jvp(f, (x,), (v,))
+        torch.testing.assert_close(out, y, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close((w * tangent).sum(), want, rtol=1e-7, atol=1e-7)
+
+
+def test_it_compiles_whole() -> None:
+    case = CASES["ncsnpp"]
+    net, x, labels = case.network(), case.image(), torch.tensor(case.labels)
+    prepared, row = net.prepare(labels), torch.tensor([0, 1])
+    options: dict[str, Any] = {"backend": "eager", "fullgraph": True}
+    with torch.no_grad():
+        for f, at in ((net, labels), (prepared, row)):
+            torch.testing.assert_close(torch.compile(f, **options)(x, at), f(x, at))
 
 
 @pytest.mark.parametrize("name", ["ncsnpp_pyramids", "song_ncsnpp", "adm"])
