@@ -19,14 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from sbm_fast.optimization.aliases import Aliases, makes_new, names_in, quiet
 from sbm_fast.optimization.joined import FusedNorm
 from sbm_fast.optimization.scope import UNKNOWN, Flow, Scope, expressions, loads
 from sbm_fast.optimization.silu import known_silu
 
-_HARMLESS = {
-    "chunk", "split", "unbind", "unsqueeze", "squeeze", "view", "reshape", "to", "type",
-    "float", "flatten", "permute", "transpose", "expand", "type_as", "dim", "size", "len",
-}  # fmt: skip
 _NESTED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
 
 
@@ -79,6 +76,7 @@ class Chains:
     def __init__(self, definition: ast.FunctionDef, scope: Scope) -> None:
         self.scope = scope
         self.flow = Flow(definition, scope)
+        self.aliases = Aliases(self.flow.statements, scope)
         self.definitions: dict[ast.stmt, Definition] = {}
         self._held: dict[str, frozenset[str]] = {}
         self._never = _captured(definition)
@@ -122,8 +120,10 @@ class Chains:
                     self.match(node.args[place], statement),
                     _plus_one(node.args[3 - place]),
                 )
-                if inner and "norm" in inner.kinds and scale is not None:
+                if inner and "norm" in inner.kinds and scale and self._calm(inner, scale):
                     others = node.func, node.args[0], scale
+                    if not self.aliases.lasting(node.args[0]):
+                        return None
                     return Link("addcmul", node, inner, others, frozenset({"norm"}))
         if len(node.args) != 1 or any(k.arg != "inplace" for k in node.keywords):
             return None
@@ -146,7 +146,7 @@ class Chains:
             for one, other in pairs:
                 inner, scale = self.match(one, statement), _plus_one(other)
                 if inner and "norm" in inner.kinds:
-                    if scale is not None:
+                    if scale is not None and self._calm(inner, scale):
                         return Link("times", node, inner, (scale,), frozenset({"norm"}))
                     if self._is_sigmoid(other, one):
                         assert isinstance(other, ast.Call)
@@ -154,11 +154,26 @@ class Chains:
         if isinstance(node.op, ast.Add):
             for one, other in pairs:
                 inner = self.match(one, statement)
-                if inner and "norm" in inner.kinds and self._scaled(inner, statement):
+                scaled = inner and "norm" in inner.kinds and self._scaled(inner, statement)
+                if inner and scaled and self._calm(inner, other):
                     return Link("plus", node, inner, (other,), frozenset({"norm"}))
-            if not isinstance(node.left, ast.Constant) and not isinstance(node.right, ast.Constant):
+            if all(self._kept(part, statement) for part in (node.left, node.right)):
                 return Link("sum", node, None, (node.left, node.right), frozenset({"sum"}))
         return None
+
+    def _calm(self, link: Link, between: ast.expr) -> bool:
+        """Whether what runs before a waiting norm is made leaves the norm's tensors alone."""
+        behind = self.aliases.of(names_in(link.node))
+        return quiet(between, behind, self.aliases) and self.aliases.lasting(between)
+
+    def _kept(self, part: ast.expr, statement: ast.stmt) -> bool:
+        """Whether a part of a sum stays as it is until a backward: nothing writes into it, or it
+        has just been made and the statement forgets it."""
+        if isinstance(part, ast.Name) and part.id == _target(statement):
+            maker = self._maker(part.id, statement)
+            if maker is not None and makes_new(self.scope.resolve(maker)):
+                return True
+        return self.aliases.lasting(part)
 
     def _scaled(self, link: Link, statement: ast.stmt) -> bool:
         """Whether a chain already has its factor, here or in the statement before."""
@@ -181,7 +196,7 @@ class Chains:
         self, node: ast.AST, x: ast.expr, add: ast.expr, statement: ast.stmt
     ) -> Link | None:
         """x.add_(add), if x has just been made and is not read again."""
-        if not isinstance(x, ast.Name) or loads(add, x.id):
+        if not isinstance(x, ast.Name) or loads(add, x.id) or not self.aliases.lasting(add):
             return None
         maker = self._maker(x.id, statement)
         if maker is None or (
@@ -207,6 +222,8 @@ class Chains:
 
     def waiting(self, statement: ast.stmt) -> Definition | None:
         """The statement as one that leaves something waiting in a variable."""
+        if statement in self.flow.guarded:
+            return None
         name = _target(statement)
         link = None
         if name is not None:
@@ -248,11 +265,22 @@ class Chains:
             self._held[found.name] = held | found.link.kinds
         return not done
 
+    def _behind(self, found: Definition) -> set[str]:
+        """The variables whose tensors are read only when what waits is made."""
+        names = names_in(found.link.node) | {found.name}
+        before = 0
+        while len(names) > before:
+            before = len(names)
+            for other in self.definitions.values():
+                if other.name in names:
+                    names |= names_in(other.link.node)
+        return names
+
     def _leads(self, found: Definition, statement: ast.stmt | None) -> bool:
         if isinstance(statement, ast.Raise):
             return True
         if isinstance(statement, ast.If):
-            if loads(statement.test, found.name) or not _quiet(statement.test, found):
+            if loads(statement.test, found.name) or not quiet(statement.test):
                 return False
             other = statement.orelse[0] if statement.orelse else self.flow.after(statement)
             return self._leads(found, statement.body[0]) and self._leads(found, other)
@@ -261,7 +289,7 @@ class Chains:
         if loads(statement, found.name):
             return self._continues(found, statement)
         plain = not isinstance(statement, ast.Return) and not _stores(statement, found.name)
-        if plain and all(_quiet(e, found) for e in expressions(statement)):
+        if plain and all(quiet(e) for e in expressions(statement)):
             return self._leads(found, self.flow.after(statement))
         return False
 
@@ -283,7 +311,8 @@ class Chains:
                 continue
             if unsure and not link.has("act", "times", "addcmul"):
                 continue
-            if all(_quiet(other, found) for other in _beside(statement, link)):
+            behind = self.aliases.of(self._behind(found))
+            if all(quiet(other, behind, self.aliases) for other in _beside(statement, link)):
                 found.ends.append(statement)
                 return True
         return False
@@ -301,26 +330,6 @@ def _beside(statement: ast.stmt, link: Link) -> Iterator[ast.expr]:
             stack.extend(ast.iter_child_nodes(node))
         elif isinstance(node, ast.expr):
             yield node
-
-
-def _quiet(node: ast.expr, found: Definition) -> bool:
-    """Whether an expression cannot change what waits: it hands none of its tensors to a call that
-    might write into them."""
-    names = {n.id for n in ast.walk(found.link.node) if isinstance(n, ast.Name)} | {found.name}
-    for call in ast.walk(node):
-        if isinstance(call, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
-            return False
-        if not isinstance(call, ast.Call):
-            continue
-        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-        given = [*call.args, *(k.value for k in call.keywords)]
-        if isinstance(call.func, ast.Attribute):
-            given.append(call.func.value)
-        mutes = name.endswith("_") and not name.endswith("__")
-        mine = {n.id for g in given for n in ast.walk(g) if isinstance(n, ast.Name)} - {"self"}
-        if mutes or (name not in _HARMLESS and mine & names):
-            return False
-    return True
 
 
 def _plus_one(node: ast.expr) -> ast.expr | None:

@@ -36,6 +36,8 @@ class Exchanged:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         exchanged = type(self)
+        if "_sbm_fast_original" not in vars(exchanged):
+            return super().__reduce_ex__(protocol)  # A class on top of ours has a say of its own.
         self.__class__ = exchanged._sbm_fast_original
         try:
             reduced = self.__reduce_ex__(protocol)

@@ -19,7 +19,8 @@ class Replaced:
     """What one call does: "vector + GroupNorm + FiLM + SiLU", or as much of it as was found. The
     vector and FiLM depend on what forward is given."""
     where: str = ""
-    """The call in the source that has the neighbours; empty for a norm alone."""
+    """The call in the source that has the neighbours; empty for a norm alone, which has none next
+    to it, or none that can be seen."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class Report:
             f"{type(self.net).__name__}: {len(self.replaced)} norms replaced, "
             f"{joined} of them with neighbours; {len(self.left)} left or partly left"
         ]
-        lines += _table("replaced", [(_name(r.path), r.pattern, r.where) for r in self.replaced])
+        lines += _table(
+            "replaced", [(_name(r.path), r.pattern, r.where or "alone") for r in self.replaced]
+        )
         reasons: dict[str, list[str]] = {}
         for entry in self.left:
             reasons.setdefault(entry.reason, []).append(_name(entry.path))

@@ -97,6 +97,8 @@ class Flow:
         self._place: dict[ast.stmt, tuple[list[ast.stmt], int, ast.stmt | None]] = {}
         self.dead: set[ast.stmt] = set()
         """Statements that the module's settings keep from running."""
+        self.guarded: set[ast.stmt] = set()
+        """Statements in a "try": an exception must come from the statement that it came from."""
         self._enter(definition.body, None, False, scope)
 
     def _enter(
@@ -110,6 +112,8 @@ class Flow:
             if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 continue
             holds = scope.holds(statement.test) if isinstance(statement, ast.If) else UNKNOWN
+            if isinstance(statement, ast.Try):
+                self.guarded.update(n for n in ast.walk(statement) if isinstance(n, ast.stmt))
             for name in _BLOCKS:
                 inner = getattr(statement, name, [])
                 never = holds is not UNKNOWN and bool(holds) == (name == "orelse")

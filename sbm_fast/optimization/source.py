@@ -96,7 +96,10 @@ def _redecorate(layer: Any, made: Any) -> Any:
 
 def _dress(new: Any, old: Any) -> None:
     new.__kwdefaults__ = old.__kwdefaults__
-    new.__annotations__ = old.__annotations__
+    if hasattr(old, "__annotate__"):  # Python 3.14: reading the annotations would evaluate them.
+        new.__annotate__ = old.__annotate__
+    else:
+        new.__annotations__ = old.__annotations__
     new.__qualname__ = old.__qualname__
     new.__module__ = old.__module__
     new.__doc__ = old.__doc__
