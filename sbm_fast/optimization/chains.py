@@ -6,7 +6,7 @@
     h = self.act(h)                  # the end: one call of the op
 
 A variable may hold a waiting sum or norm only if every way on from its assignment leads to the next
-link of the chain, over conditions and assignments that change no tensor.
+link of the chain, over conditions and assignments that change no tensor, and nothing reads it then.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 
 from sbm_fast.optimization.aliases import Aliases, makes_new, names_in, quiet
 from sbm_fast.optimization.joined import FusedNorm
-from sbm_fast.optimization.scope import UNKNOWN, Flow, Scope, expressions, loads
+from sbm_fast.optimization.scope import END, UNKNOWN, Flow, Scope, expressions, loads
 from sbm_fast.optimization.silu import known_silu
 
 _NESTED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
@@ -311,11 +311,34 @@ class Chains:
                 continue
             if unsure and not link.has("act", "times", "addcmul"):
                 continue
+            if not self._forgotten(statement, found.name):
+                return False
             behind = self.aliases.of(self._behind(found))
             if all(quiet(other, behind, self.aliases) for other in _beside(statement, link)):
                 found.ends.append(statement)
                 return True
         return False
+
+    def _forgotten(self, statement: ast.stmt, name: str) -> bool:
+        """Whether nothing reads the variable behind a statement before it is assigned again."""
+        if isinstance(statement, ast.Return) or _target(statement) == name:
+            return True
+        return self._unread(self.flow.after(statement), name)
+
+    def _unread(self, statement: ast.stmt | None, name: str) -> bool:
+        if statement is None or statement is END:
+            return statement is END
+        if isinstance(statement, ast.If):
+            if loads(statement.test, name):
+                return False
+            other = statement.orelse[0] if statement.orelse else self.flow.after(statement)
+            return self._unread(statement.body[0], name) and self._unread(other, name)
+        changed = isinstance(statement, ast.AugAssign) and _stores(statement, name)
+        if changed or loads(statement, name):
+            return False
+        if isinstance(statement, ast.Return | ast.Raise) or _target(statement) == name:
+            return True
+        return self._unread(self.flow.after(statement), name)
 
 
 def _beside(statement: ast.stmt, link: Link) -> Iterator[ast.expr]:

@@ -154,15 +154,13 @@ def swish(x: Any, sigmoid: Callable[..., Any]) -> Any:
     return x * sigmoid(x)
 
 
-def act(function: Any, x: Any, kept: bool = False, **keywords: Any) -> Any:
-    """function(x), where ``kept`` says that x is read again afterwards."""
+def act(function: Any, x: Any, **keywords: Any) -> Any:
+    """function(x)."""
     if _open(x):
         if isinstance(function, FusedSequential) and bare(function):
             return function.forward(x)
         if is_silu(function):
-            in_place = keywords.get("inplace", getattr(function, "inplace", False))
-            if not (kept and in_place):
-                return _fused(x, "silu")
+            return _fused(x, "silu")
     return function(value(x), **keywords)
 
 
@@ -206,10 +204,12 @@ def _fused(x: Normed, activation: str | None) -> Tensor:
 
 
 def _plain(x: object) -> bool:
-    """A tensor of torch's own class, as the op takes them."""
+    """A tensor of torch's own class, as the op takes them. (torch.jit.trace gets torch's ops, which
+    it can save.)"""
     if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point():
         return False
-    return type(x) is Tensor or type(x) is nn.Parameter or torch.compiler.is_compiling()
+    known = type(x) is Tensor or type(x) is nn.Parameter or torch.compiler.is_compiling()
+    return known and not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _open(x: object) -> bool:
@@ -220,17 +220,21 @@ def _per_channel(v: object, x: Tensor, *, in_place: bool = False) -> bool:
     """Whether v is one number for each sample and channel of x, and x's dtype has room for it."""
     if not isinstance(v, Tensor) or not _plain(v) or v.ndim != x.ndim or x.ndim < 3:
         return False
-    if v.shape[1] != x.shape[1] or (v.shape[0] != x.shape[0] and v.shape[0] != 1):
+    mine, yours = v.shape, x.shape
+    if mine[1] != yours[1] or (mine[0] != yours[0] and mine[0] != 1):
         return False
-    for size in v.shape[2:]:
+    for size in mine[2:]:
         if size != 1:
             return False
-    return in_place or torch.promote_types(x.dtype, v.dtype) == x.dtype
+    return v.dtype == x.dtype or in_place or torch.promote_types(x.dtype, v.dtype) == x.dtype
 
 
 def _flat(v: Tensor | None, x: Tensor) -> Tensor | None:
     """[B, C, 1, …] -> [B, C]."""
-    return None if v is None else v.flatten(1).expand(x.shape[0], x.shape[1])
+    if v is None:
+        return None
+    flat = v.flatten(1)
+    return flat if flat.shape[0] == x.shape[0] else flat.expand(x.shape[0], -1)
 
 
 def _makes_new(maker: object) -> bool:

@@ -144,10 +144,7 @@ class _Rewriter(ast.NodeTransformer):
             return self._call("addcmul", others[0], others[1], inner, others[2])
         if link.op == "act":
             call = self._call("act", self.visit(node.func), inner)
-            leaf = next(x for x in link.chain() if x.inner is None)
-            again = leaf.op == "variable" and not _assigns(self._statement, leaf.node.id)
-            kept = [ast.keyword(arg="kept", value=ast.Constant(value=True))] if again else []
-            call.keywords = [*kept, *node.keywords]
+            call.keywords = node.keywords
             return call
         return self._call(link.op, inner, *others)
 
@@ -171,9 +168,3 @@ class _Rewriter(ast.NodeTransformer):
         runtime = ast.Name(id=_RUNTIME, ctx=ast.Load())
         function = ast.Attribute(value=runtime, attr=name, ctx=ast.Load())
         return ast.copy_location(ast.Call(func=function, args=list(args), keywords=[]), args[0])
-
-
-def _assigns(statement: ast.stmt, name: str) -> bool:
-    return isinstance(statement, ast.Assign) and any(
-        isinstance(t, ast.Name) and t.id == name for t in statement.targets
-    )

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 UNKNOWN = object()
+END = ast.Pass()
 _BLOCKS = ("body", "orelse", "finalbody")
 _SHAPE = ("shape", "ndim", "dtype", "device")
 
@@ -122,10 +123,13 @@ class Flow:
                 self._enter(handler.body, statement, dead, scope)
 
     def after(self, statement: ast.stmt) -> ast.stmt | None:
-        """What runs next; None at the end of a loop, a "with", a "try" or the function."""
+        """What runs next: END behind the function's last; None at the end of a loop, "with", "try"
+        or "match", where it is not looked for."""
         block, i, parent = self._place[statement]
         if i + 1 < len(block):
             return block[i + 1]
+        if parent is None:
+            return END
         return self.after(parent) if isinstance(parent, ast.If) else None
 
     def before(self, statement: ast.stmt) -> ast.stmt | None:
