@@ -52,117 +52,114 @@ void group_norm_silu_product_cpu(const GroupNormProductArgs<S>& args);
 constexpr int64_t kPiece = 4096;
 constexpr int64_t kPieceRows = 128;  // at most: float sums stay short
 
-// Elements [first, first + count) of a sample's memory: whole pixels where channels are last, else
-// whole channels of one group or a part of one channel.
+// Elements [first, first + count) of a sample's memory. Where channels are last, whole pixels; else
+// whole groups, or whole channels of one group, or a part of one channel.
 struct Piece {
   int64_t first, count;
   int64_t channel, channels;  // those it has
-  int64_t slice;              // which part of a channel's pixels
+  int64_t slice;              // which part of its channels' pixels
   int64_t part;               // which part of its groups' elements
 };
 
 // The cut of a sample. It depends on the sample's shape only, never on threads.
-struct Pieces {
-  bool channels_last;
-  int64_t channels, pixels, group_channels;
-  int64_t pixel_step, channel_step;  // of a piece
-  int64_t slices;                    // of a channel's pixels
-
+class Pieces {
+ public:
   template <class S>
   explicit Pieces(const GroupNormShape<S>& a)
-      : channels_last(a.channels_last),
-        channels(a.channels),
-        pixels(a.pixels),
-        group_channels(a.group_channels()) {
-    const int64_t fit = kPiece / (channels_last ? channels : pixels);
-    channel_step = channels_last ? channels : within(fit, group_channels);
-    pixel_step = within(channels_last ? (fit < kPieceRows ? fit : kPieceRows) : kPiece, pixels);
-    slices = (pixels + pixel_step - 1) / pixel_step;
+      : last_(a.channels_last),
+        channels_(a.channels),
+        pixels_(a.pixels),
+        width_(a.group_channels()) {
+    const int64_t fit = kPiece / (last_ ? channels_ : pixels_);  // pixels, channels
+    pixel_step_ = within(last_ ? (fit < kPieceRows ? fit : kPieceRows) : kPiece, pixels_);
+    if (last_)
+      channel_step_ = channels_;
+    else
+      channel_step_ = fit < width_ ? within(fit, width_) : within(fit / width_, a.groups) * width_;
+    slices_ = pieces(pixels_, pixel_step_);
+    parts_ = slices_ * (last_ ? 1 : pieces(width_, channel_step_));
+    count_ = last_ ? slices_ : parts_ * pieces(channels_, parts_ > 1 ? width_ : channel_step_);
   }
 
-  int64_t count() const { return parts() * (channels_last ? 1 : channels / group_channels); }
-
+  int64_t count() const { return count_; }
+  int64_t channels() const { return channels_; }
+  // Pieces that every channel, and every group, is spread over.
+  int64_t slices() const { return slices_; }
+  int64_t parts() const { return parts_; }
   // Elements of the largest.
-  int64_t most() const { return channel_step * pixel_step; }
-
-  // Pieces that every group is spread over.
-  int64_t parts() const {
-    return channels_last ? slices : slices * ((group_channels + channel_step - 1) / channel_step);
+  int64_t most() const { return channel_step_ * pixel_step_; }
+  // Elements of a group in one of its parts.
+  int64_t in_part(int64_t part) const {
+    const Piece p = (*this)[part];  // of the first group
+    return p.count / p.channels * (p.channels < width_ ? p.channels : width_);
   }
 
   Piece operator[](int64_t i) const {
-    const int64_t slice = i % slices, pixel = slice * pixel_step;
-    const int64_t wide = within(pixel_step, pixels - pixel);
-    if (channels_last) return {pixel * channels, wide * channels, 0, channels, slice, slice};
-    const int64_t part = i % parts(), of_group = part / slices * channel_step;
-    const int64_t channel = i / parts() * group_channels + of_group;
-    const int64_t rows = within(channel_step, group_channels - of_group);
-    return {channel * pixels + pixel, rows * wide, channel, rows, slice, part};
+    const int64_t slice = i % slices_, pixel = slice * pixel_step_;
+    const int64_t wide = within(pixel_step_, pixels_ - pixel);
+    if (last_) return {pixel * channels_, wide * channels_, 0, channels_, slice, slice};
+    const int64_t part = i % parts_, of_group = part / slices_ * channel_step_;
+    const bool whole = parts_ == 1;
+    const int64_t channel = whole ? i * channel_step_ : i / parts_ * width_ + of_group;
+    const int64_t rows = within(channel_step_, whole ? channels_ - channel : width_ - of_group);
+    return {channel * pixels_ + pixel, rows * wide, channel, rows, slice, part};
   }
 
  private:
   static int64_t within(int64_t wanted, int64_t most) {
     return wanted < 1 ? 1 : wanted < most ? wanted : most;
   }
+  static int64_t pieces(int64_t all, int64_t step) { return (all + step - 1) / step; }
+
+  bool last_;
+  int64_t channels_, pixels_, width_;  // width: channels of a group
+  int64_t channel_step_, pixel_step_;  // of a piece
+  int64_t slices_, parts_, count_;
 };
 
-// Count, mean and sum of squared deviations of some elements.
-struct Moments {
-  double count, mean, squares;
-};
-
-// Σ u·x̂ and Σ u of some elements of a channel.
-struct ChannelSums {
-  double product, sum;
-};
-
-// What the kernels get of a sample beside its tensors: rows of `channels` numbers, made once and
-// read at every pixel, and room of the thread's own.
+// What the kernels get of a sample beside its tensors: rows of a number for every channel, made
+// once and read at every pixel, and room of the thread's own. All of it begins at cache lines.
 template <class S>
 struct GroupNormRoom {
-  enum Row {
-    kScale,
-    kOffset,
-    kMean,
-    kFactor,
-    kSlope,
-    kConstant,
-    kGammaDot,
-    kBetaDot,
-    kRows,
-    kAdd = kGammaDot
-  };
+  enum Row { kScale, kOffset, kMean, kFactor, kSlope, kConstant, kGammaDot, kBetaDot, kRows };
+  static constexpr Row kAdd = kGammaDot;
+  static constexpr int kOwnRows = 4, kOwnPieces = 2;
+  static constexpr int64_t kLanes = 64;  // the least size of a row of the thread's own
+
   S* rows;
-  int64_t channels;
+  int64_t row_size, piece_size;
   S* buffer;
 
-  S* row(Row which) const { return rows + which * channels; }
+  static int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
   static int64_t buffer_size(const Pieces& pieces) {
-    return 2 * pieces.most() + 3 * pieces.channels;
+    return kOwnRows * padded(pieces.channels()) + kOwnPieces * padded(pieces.most());
   }
-  S* piece(const Pieces& pieces, int which) const { return buffer + which * pieces.most(); }
-  S* own_row(const Pieces& pieces, int which) const {
-    return buffer + 2 * pieces.most() + which * channels;
-  }
+  GroupNormRoom(const Pieces& pieces, S* rows, S* buffer)
+      : rows(rows),
+        row_size(padded(pieces.channels())),
+        piece_size(padded(pieces.most())),
+        buffer(buffer) {}
+
+  S* row(Row which) const { return rows + which * row_size; }
+  S* own_row(int which) const { return buffer + which * row_size; }
+  S* own_piece(int which) const { return buffer + kOwnRows * row_size + which * piece_size; }
 };
 
 // The kernels of an instruction set for one state dtype. Both ops go over a sample twice: `begin`,
-// `reduce` for every piece, `finish`, `apply` for every piece.
-template <class Args, class S, class Partial>
+// `reduce` for every piece, `finish`, `apply` for every piece. `reduce` leaves two numbers for
+// every group of a part, [parts, 2, groups] (mean, sum of squared deviations), or for every channel
+// of a slice, [slices, 2, channels] (Σ u·x̂, Σ u with u = dn or given).
+template <class Args, class S>
 struct GroupNormPasses {
   void (*begin)(const Args&, int64_t sample, const GroupNormRoom<S>&);
-  void (*reduce)(const Args&, int64_t sample, const Pieces&, const Piece&, const GroupNormRoom<S>&,
-                 Partial*);
-  void (*finish)(const Args&, int64_t sample, const Pieces&, const Partial*,
-                 const GroupNormRoom<S>&);
-  void (*apply)(const Args&, int64_t sample, const Pieces&, const Piece&, const GroupNormRoom<S>&);
+  void (*reduce)(const Args&, int64_t sample, const Piece&, const GroupNormRoom<S>&, double*);
+  void (*finish)(const Args&, int64_t sample, const Pieces&, double*, const GroupNormRoom<S>&);
+  void (*apply)(const Args&, int64_t sample, const Piece&, const GroupNormRoom<S>&);
 };
 
-// The piece's part of group g goes to moments[part·groups + g].
 template <class S>
-using GroupNormKernel = GroupNormPasses<GroupNormArgs<S>, S, Moments>;
-// The piece's part of channel c goes to sums[slice·channels + c].
+using GroupNormKernel = GroupNormPasses<GroupNormArgs<S>, S>;
 template <class S>
-using GroupNormProductKernel = GroupNormPasses<GroupNormProductArgs<S>, S, ChannelSums>;
+using GroupNormProductKernel = GroupNormPasses<GroupNormProductArgs<S>, S>;
 
 }  // namespace sbm

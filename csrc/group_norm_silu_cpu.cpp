@@ -9,60 +9,62 @@
 namespace sbm {
 namespace {
 
-// Room that is kept from call to call.
-template <class T, class Owner>
-T* kept(int64_t size) {
-  static thread_local std::vector<T> memory;
-  if (int64_t(memory.size()) < size) memory.resize(size_t(size));
-  return memory.data();
-}
+enum Kept { kPartials, kRows, kPartialsOfCall, kRowsOfCall };
 
-struct OfCall {};
-struct OfThread {};
+// Room that is kept from call to call, from the beginning of a cache line.
+template <Kept, class T>
+T* kept(int64_t size) {
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  static thread_local std::vector<Line> memory;
+  const size_t lines = size_t(size) * sizeof(T) / sizeof(Line) + 1;
+  if (memory.size() < lines) memory.resize(lines);
+  return reinterpret_cast<T*>(memory.data());
+}
 
 constexpr int64_t kGrain = 8192;  // elements that are worth a thread
 
 // Both passes over all samples; `partials`: of a sample. Samples are shared out among the threads,
 // or, where they are few, their pieces are; what is calculated is the same.
-template <class S, class Args, class Partial>
-void run(const Args& a, const GroupNormPasses<Args, S, Partial>& kernel, const Pieces& pieces,
+template <class S, class Args>
+void run(const Args& a, const GroupNormPasses<Args, S>& kernel, const Pieces& pieces,
          int64_t partials) {
   using Room = GroupNormRoom<S>;
-  const int64_t of_rows = Room::kRows * a.channels, count = pieces.count();
+  const int64_t of_rows = Room::kRows * Room::padded(a.channels), count = pieces.count();
   const auto grain = [](int64_t elements) { return 1 + (kGrain - 1) / (elements + 1); };
-  const auto own = [&] { return kept<S, OfThread>(of_rows + Room::buffer_size(pieces)); };
+  const auto own = [&] { return kept<kRows, S>(of_rows + Room::buffer_size(pieces)); };
 
   const int64_t threads = thread_count();
   if (a.batch % threads == 0 || a.batch > 4 * threads) {
     parallel(a.batch, grain(a.numel()), [&](int64_t begin, int64_t end) {
-      Partial* const partial = kept<Partial, OfThread>(partials);
+      double* const partial = kept<kPartials, double>(partials);
       S* const rows = own();
-      const Room room{rows, a.channels, rows + of_rows};
+      const Room room(pieces, rows, rows + of_rows);
       for (int64_t b = begin; b < end; ++b) {
         kernel.begin(a, b, room);
-        for (int64_t i = 0; i < count; ++i) kernel.reduce(a, b, pieces, pieces[i], room, partial);
+        for (int64_t i = 0; i < count; ++i) kernel.reduce(a, b, pieces[i], room, partial);
         kernel.finish(a, b, pieces, partial, room);
-        for (int64_t i = 0; i < count; ++i) kernel.apply(a, b, pieces, pieces[i], room);
+        for (int64_t i = 0; i < count; ++i) kernel.apply(a, b, pieces[i], room);
       }
     });
     return;
   }
 
-  Partial* const partial = kept<Partial, OfCall>(a.batch * partials);
-  S* const rows = kept<S, OfCall>(a.batch * of_rows);
-  const auto room = [&](int64_t b) { return Room{rows + b * of_rows, a.channels, own()}; };
+  double* const partial = kept<kPartialsOfCall, double>(a.batch * partials);
+  S* const rows = kept<kRowsOfCall, S>(a.batch * of_rows);
+  const auto room = [&](int64_t b) { return Room(pieces, rows + b * of_rows, own()); };
   const auto each_piece = [&](const auto& body) {
     parallel(a.batch * count, grain(pieces.most()), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) body(i / count, pieces[i % count]);
     });
   };
   for (int64_t b = 0; b < a.batch; ++b) kernel.begin(a, b, room(b));
-  each_piece([&](int64_t b, const Piece& p) {
-    kernel.reduce(a, b, pieces, p, room(b), partial + b * partials);
-  });
+  each_piece(
+      [&](int64_t b, const Piece& p) { kernel.reduce(a, b, p, room(b), partial + b * partials); });
   for (int64_t b = 0; b < a.batch; ++b)
     kernel.finish(a, b, pieces, partial + b * partials, room(b));
-  each_piece([&](int64_t b, const Piece& p) { kernel.apply(a, b, pieces, p, room(b)); });
+  each_piece([&](int64_t b, const Piece& p) { kernel.apply(a, b, p, room(b)); });
 }
 
 const GroupNormKernel<float>& norm_of(float) { return cpu_kernels().norm_f32; }
@@ -79,7 +81,7 @@ void group_norm_silu_cpu(const GroupNormArgs<S>& args) {
     return;
   }
   const Pieces pieces(args);
-  run(args, norm_of(S()), pieces, pieces.parts() * args.groups);
+  run(args, norm_of(S()), pieces, 2 * pieces.parts() * args.groups);
 }
 
 template <class S>
@@ -89,7 +91,7 @@ void group_norm_silu_product_cpu(const GroupNormProductArgs<S>& args) {
     return;
   }
   const Pieces pieces(args);
-  run(args, product_of(S()), pieces, pieces.slices * args.channels);
+  run(args, product_of(S()), pieces, 2 * pieces.slices() * args.channels);
 }
 
 template void group_norm_silu_cpu(const GroupNormArgs<float>&);

@@ -2,7 +2,7 @@
 // kernels_cpu_impl.h only.
 #pragma once
 #include "silu.h"
-#include "tile_sum.h"
+#include "tile_io.h"
 
 namespace sbm {
 namespace {
@@ -142,136 +142,194 @@ const S* sum_of(const GroupNormArgs<S>& a, int64_t sample, const Piece& p,
   return buffer;
 }
 
-// Moments of n numbers whose mean is near `shift`, from the sums of their distances to it.
+// v[i] := the sum of v[i·width] … v[(i + 1)·width − 1], for n numbers.
 template <class S>
-Moments moments_of(double n, S shift, double sum, double squares) {
-  const double off = sum / n;
-  return {n, double(shift) + off, squares - sum * off};
+SBM_HD void fold_groups(S* v, int64_t n, int64_t width) {
+  for (; width % 2 == 0; width /= 2) {
+    n /= 2;
+    SBM_IVDEP
+    for (int64_t i = 0; i < n; ++i) v[i] = v[2 * i] + v[2 * i + 1];
+  }
+  if (width == 1) return;
+  for (int64_t i = 0; i < n / width; ++i) {
+    S sum = v[i * width];
+    for (int64_t k = 1; k < width; ++k) sum += v[i * width + k];
+    v[i] = sum;
+  }
 }
 
-// Channels are last: sums over the piece's pixels, channel by channel, then over a group's
-// channels.
+template <int kWidth, class From, class S>
+SBM_HD void repeat(const From* from, int64_t groups, S* to) {
+  SBM_IVDEP
+  for (int64_t g = 0; g < groups; ++g)
+    for (int k = 0; k < kWidth; ++k) to[g * kWidth + k] = S(from[g]);
+}
+
+// The inverse in shape: each number `width` times.
+template <class From, class S>
+void spread_groups(const From* from, int64_t groups, int64_t width, S* to) {
+  switch (width) {
+    case 1:
+      return repeat<1>(from, groups, to);
+    case 2:
+      return repeat<2>(from, groups, to);
+    case 4:
+      return repeat<4>(from, groups, to);
+    case 8:
+      return repeat<8>(from, groups, to);
+  }
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t k = 0; k < width; ++k) to[g * width + k] = S(from[g]);
+}
+
+// sum[c] += Σ_r h[r·n + c], eight rows at a time.
 template <class S>
-void moments_of_pixels(const S* h, int64_t pixels, int64_t n, int64_t groups, S* mean, S* sum,
-                       S* squares, Moments* to) {
-  const int64_t width = n / groups;
-  const double count = double(pixels) * double(width);
-  for (int64_t c = 0; c < n; ++c) sum[c] = S(0);
+SBM_HD void add_rows(const S* h, int64_t rows, int64_t n, S* sum) {
   int64_t r = 0;
-  for (; r + 8 <= pixels; r += 8) {
+  for (; r + 8 <= rows; r += 8) {
     const S* const v = h + r * n;
     SBM_IVDEP
     for (int64_t c = 0; c < n; ++c)
       sum[c] += ((v[c] + v[c + n]) + (v[c + 2 * n] + v[c + 3 * n])) +
                 ((v[c + 4 * n] + v[c + 5 * n]) + (v[c + 6 * n] + v[c + 7 * n]));
   }
-  for (; r < pixels; ++r) {
+  for (; r < rows; ++r) {
     SBM_IVDEP
     for (int64_t c = 0; c < n; ++c) sum[c] += h[r * n + c];
   }
-  for (int64_t g = 0; g < groups; ++g) {
-    double total = 0.0;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) total += double(sum[c]);
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) mean[c] = S(total / count);
-  }
-  for (int64_t c = 0; c < n; ++c) sum[c] = squares[c] = S(0);
-  for (r = 0; r + 4 <= pixels; r += 4) {
+}
+
+// sum[c] += Σ_r d and squares[c] += Σ_r d², d = h[r·n + c] − shift[c].
+template <class S>
+SBM_HD void add_moments(const S* h, int64_t rows, int64_t n, const S* shift, S* sum, S* squares) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
     const S* const v = h + r * n;
     SBM_IVDEP
     for (int64_t c = 0; c < n; ++c) {
-      const S d0 = v[c] - mean[c], d1 = v[c + n] - mean[c];
-      const S d2 = v[c + 2 * n] - mean[c], d3 = v[c + 3 * n] - mean[c];
+      const S d0 = v[c] - shift[c], d1 = v[c + n] - shift[c];
+      const S d2 = v[c + 2 * n] - shift[c], d3 = v[c + 3 * n] - shift[c];
       sum[c] += (d0 + d1) + (d2 + d3);
       squares[c] += fused(d0, d0, d1 * d1) + fused(d2, d2, d3 * d3);
     }
   }
-  for (; r < pixels; ++r) {
+  for (; r < rows; ++r) {
     SBM_IVDEP
     for (int64_t c = 0; c < n; ++c) {
-      const S d = h[r * n + c] - mean[c];
+      const S d = h[r * n + c] - shift[c];
       sum[c] += d;
       squares[c] = fused(d, d, squares[c]);
     }
   }
+}
+
+// Means and sums of squared deviations of `groups` groups of a matrix [rows, n] and of `rest`
+// numbers behind it, which join the first columns. The mean of a first reading is the shift of the
+// second, so that neither loses digits to a mean far from 0.
+template <class S>
+SBM_HD void moments_of(const S* h, int64_t rows, int64_t n, int64_t rest, int64_t groups,
+                       const GroupNormRoom<S>& room, double* means, double* squares) {
+  const int64_t width = n / groups;
+  const double per_count = 1.0 / (double(rows) * double(width) + double(rest));
+  S *const sum = room.own_row(0), *const square = room.own_row(1), *const shift = room.own_row(2);
+  S* const mean = room.own_row(3);
+  for (int64_t c = 0; c < n; ++c) sum[c] = S(0);
+  add_rows(h, rows, n, sum);
+  if (rest) add_rows(h + rows * n, 1, rest, sum);
+  fold_groups(sum, n, width);
+  for (int64_t g = 0; g < groups; ++g) mean[g] = S(double(sum[g]) * per_count);
+  spread_groups(mean, groups, width, shift);
+  for (int64_t c = 0; c < n; ++c) sum[c] = square[c] = S(0);
+  add_moments(h, rows, n, shift, sum, square);
+  if (rest) add_moments(h + rows * n, 1, rest, shift, sum, square);
+  fold_groups(sum, n, width);
+  fold_groups(square, n, width);
+  SBM_IVDEP
   for (int64_t g = 0; g < groups; ++g) {
-    double first = 0.0, second = 0.0;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c)
-      first += double(sum[c]), second += double(squares[c]);
-    to[g] = moments_of(count, mean[g * width], first, second);
+    const double off = double(sum[g]) * per_count;
+    means[g] = double(mean[g]) + off;
+    squares[g] = double(square[g]) - double(sum[g]) * off;
   }
 }
 
-// Sum of at(0) … at(n − 1), for any n.
-template <class S, class At>
-double long_sum(int64_t n, const At& at) {
-  double sum = 0.0;
-  for (int64_t first = 0; first < n; first += kTile) {
-    const int64_t left = n - first;
-    sum +=
-        double(tile_sum<S>(left < kTile ? left : kTile, [&](int64_t i) { return at(first + i); }));
-  }
-  return sum;
+// Of n numbers, in 64 columns, or in 16 where they are few.
+template <class S>
+void moments_of_row(const S* h, int64_t n, const GroupNormRoom<S>& room, double* mean,
+                    double* squares) {
+  constexpr int64_t kLanes = GroupNormRoom<S>::kLanes, kFew = 16;
+  if (n < 16 * kLanes)
+    moments_of(h, n / kFew, kFew, n % kFew, 1, room, mean, squares);
+  else
+    moments_of(h, n / kLanes, kLanes, n % kLanes, 1, room, mean, squares);
 }
 
 template <class S>
-Moments moments_of_row(const S* h, int64_t n) {
-  const S mean = S(long_sum<S>(n, [&](int64_t i) { return h[i]; }) / double(n));
-  const double sum = long_sum<S>(n, [&](int64_t i) { return h[i] - mean; });
-  const double squares = long_sum<S>(n, [&](int64_t i) { return (h[i] - mean) * (h[i] - mean); });
-  return moments_of(double(n), mean, sum, squares);
-}
-
-template <class S>
-void reduce_norm(const GroupNormArgs<S>& a, int64_t sample, const Pieces& pieces, const Piece& p,
-                 const GroupNormRoom<S>& room, Moments* moments) {
+void reduce_norm(const GroupNormArgs<S>& a, int64_t sample, const Piece& p,
+                 const GroupNormRoom<S>& room, double* moments) {
   const bool keep = lies_in_place<S>(a.total);
-  S* const buffer = keep ? place<S>(a.total, sample, p) : room.piece(pieces, 0);
+  S* const buffer = keep ? place<S>(a.total, sample, p) : room.own_piece(0);
   const S* const h = sum_of(a, sample, p, room, buffer);
   if (a.total.given()) write_piece(a.total, sample, p, h);
-  Moments* const to = moments + p.part * a.groups;
-  if (a.channels_last)
-    moments_of_pixels(h, p.count / a.channels, a.channels, a.groups, room.own_row(pieces, 0),
-                      room.own_row(pieces, 1), room.own_row(pieces, 2), to);
-  else
-    to[p.channel / a.group_channels()] = moments_of_row(h, p.count);
-}
-
-// All parts of a group, by the update of Chan, Golub and LeVeque, "Updating formulae and a pairwise
-// algorithm for computing sample variances", 1979.
-inline Moments merged(const Moments* moments, int64_t parts, int64_t step) {
-  Moments all = moments[0];
-  for (int64_t k = 1; k < parts; ++k) {
-    const Moments& next = moments[k * step];
-    const double count = all.count + next.count, weight = next.count / count;
-    const double off = next.mean - all.mean;
-    all.squares += next.squares + off * off * all.count * weight;
-    all.mean += off * weight;
-    all.count = count;
+  double *const means = moments + p.part * 2 * a.groups, *const squares = means + a.groups;
+  if (a.channels_last) {
+    moments_of(h, p.count / a.channels, a.channels, 0, a.groups, room, means, squares);
+    return;
   }
-  return all;
+  const int64_t width = a.group_channels();
+  const int64_t groups = p.channels > width ? p.channels / width : 1, n = p.count / groups;
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t g = p.channel / width + i;
+    moments_of_row(h + i * n, n, room, means + g, squares + g);
+  }
 }
 
-template <class S>
-void finish_norm(const GroupNormArgs<S>& a, int64_t sample, const Pieces& pieces,
-                 const Moments* moments, const GroupNormRoom<S>& room) {
-  using R = GroupNormRoom<S>;
-  const int64_t width = a.group_channels();
-  const S* const gamma = room.row(R::kScale);
-  S *const beta = room.row(R::kOffset), *const means = room.row(R::kMean);
-  S* const factor = room.row(R::kFactor);
-  for (int64_t g = 0; g < a.groups; ++g) {
-    const Moments all = merged(moments + g, pieces.parts(), a.groups);
-    const double r = 1.0 / ::sqrt(all.squares / all.count + a.eps);
-    const S mean = S(all.mean), rounded = S(r);
-    const S rest = S((all.mean - double(mean)) * r);  // what the mean's rounding left
-    S* const stats = a.stats + 2 * (sample * a.groups + g);
-    stats[0] = mean, stats[1] = rounded;
+// All parts of every group into the first, by the update of Chan, Golub and LeVeque, "Updating
+// formulae and a pairwise algorithm for computing sample variances", 1979.
+inline void merge_moments(const Pieces& pieces, int64_t groups, double* moments) {
+  double *const means = moments, *const squares = moments + groups;
+  double count = double(pieces.in_part(0));
+  for (int64_t part = 1; part < pieces.parts(); ++part) {
+    const double *const mean = moments + part * 2 * groups, *const square = mean + groups;
+    const double more = double(pieces.in_part(part)), weight = more / (count + more);
+    const double between = count * weight;
     SBM_IVDEP
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      means[c] = mean;
-      factor[c] = rounded * gamma[c];
-      beta[c] = fused(-rest, gamma[c], beta[c]);
+    for (int64_t g = 0; g < groups; ++g) {
+      const double off = mean[g] - means[g];
+      squares[g] += fused(off * off, between, square[g]);
+      means[g] = fused(off, weight, means[g]);
     }
+    count += more;
+  }
+}
+
+// stats, and the rows that `apply` reads.
+template <class S>
+void finish_norm(const GroupNormArgs<S>& a, int64_t sample, const Pieces& pieces, double* moments,
+                 const GroupNormRoom<S>& room) {
+  using R = GroupNormRoom<S>;
+  const int64_t n = a.channels, width = a.group_channels(), groups = a.groups;
+  merge_moments(pieces, groups, moments);
+  const double *const means = moments, *const squares = moments + groups;
+  const double per_count = 1.0 / (double(width) * double(a.pixels));
+  S *const mean = room.own_row(0), *const r = room.own_row(1), *const rest = room.own_row(2);
+  SBM_IVDEP
+  for (int64_t g = 0; g < groups; ++g) {
+    const double wide = 1.0 / ::sqrt(fused(squares[g], per_count, a.eps));
+    mean[g] = S(means[g]), r[g] = S(wide);
+    rest[g] = S((means[g] - double(mean[g])) * wide);  // what the mean's rounding left
+  }
+  S* const stats = a.stats + 2 * sample * groups;
+  for (int64_t g = 0; g < groups; ++g) stats[2 * g] = mean[g], stats[2 * g + 1] = r[g];
+  S *const left = room.own_row(3), *const factor = room.row(R::kFactor);
+  spread_groups(mean, groups, width, room.row(R::kMean));
+  spread_groups(r, groups, width, factor);
+  spread_groups(rest, groups, width, left);
+  const S* const gamma = room.row(R::kScale);
+  S* const beta = room.row(R::kOffset);
+  SBM_IVDEP
+  for (int64_t c = 0; c < n; ++c) {
+    factor[c] *= gamma[c];
+    beta[c] = fused(-left[c], gamma[c], beta[c]);
   }
 }
 
@@ -292,12 +350,12 @@ void normalise_rows(const Piece& p, const S* h, const GroupNormRoom<S>& room, S*
 }
 
 template <class S>
-void apply_norm(const GroupNormArgs<S>& a, int64_t sample, const Pieces& pieces, const Piece& p,
+void apply_norm(const GroupNormArgs<S>& a, int64_t sample, const Piece& p,
                 const GroupNormRoom<S>& room) {
-  S* const buffer = room.piece(pieces, 0);
+  S* const buffer = room.own_piece(0);
   const S* const h =
       lies_in_place<S>(a.total) ? place<S>(a.total, sample, p) : sum_of(a, sample, p, room, buffer);
-  S* const out = lies_in_place<S>(a.out) ? place<S>(a.out, sample, p) : room.piece(pieces, 1);
+  S* const out = lies_in_place<S>(a.out) ? place<S>(a.out, sample, p) : room.own_piece(1);
   with_flag(a.channels_last, [&](auto last) {
     with_flag(a.silu, [&](auto silu) { normalise_rows<last.value, silu.value>(p, h, room, out); });
   });

@@ -35,86 +35,91 @@ struct AtElement {
   S slope(S normal, int64_t i) const { return silu_slope(fused(normal, gamma[i], beta[i])); }
 };
 
-// u = act'(n)·given (kSlope) or given, and u·x̂, of a row.
+// products += u·x̂ and sums += u of a row, u = act'(n)·given (kSlope) or given.
 template <bool kLast, bool kSlope, class S>
-void sum_row(const AtElement<kLast, S>& at, const S* given, const S* h, int64_t length, S* products,
+void add_row(const AtElement<kLast, S>& at, const S* given, const S* h, int64_t length, S* products,
              S* sums) {
   SBM_IVDEP
   for (int64_t i = 0; i < length; ++i) {
     const S normal = at.normalised(h[i], i);
     const S u = kSlope ? at.slope(normal, i) * given[i] : given[i];
-    if (kLast) {
-      products[i] = fused(u, normal, products[i]);
-      sums[i] += u;
-    } else {
-      products[i] = u * normal;
-      sums[i] = u;
-    }
+    products[i] = fused(u, normal, products[i]);
+    sums[i] += u;
   }
 }
 
+template <bool kSlope, class S>
+void sums_of_pixels(const Piece& p, const S* given, const S* h, const GroupNormRoom<S>& room,
+                    double* products, double* sums) {
+  S *const product = room.own_row(0), *const sum = room.own_row(1);
+  for (int64_t c = 0; c < p.channels; ++c) product[c] = sum[c] = S(0);
+  const AtElement<true, S> element(room, 0);
+  for_rows<true>(p, [&](int64_t at, int64_t length, int64_t) {
+    add_row<true, kSlope>(element, given + at, h + at, length, product, sum);
+  });
+  for (int64_t c = 0; c < p.channels; ++c)
+    products[c] = double(product[c]), sums[c] = double(sum[c]);
+}
+
+// A channel's pixels are summed in kLanes columns.
+template <bool kSlope, class S>
+void sums_of_channels(const Piece& p, const S* given, const S* h, const GroupNormRoom<S>& room,
+                      double* products, double* sums) {
+  constexpr int64_t kLanes = GroupNormRoom<S>::kLanes;
+  S *const product = room.own_row(0), *const sum = room.own_row(1);
+  for_rows<false>(p, [&](int64_t at, int64_t length, int64_t channel) {
+    for (int64_t i = 0; i < kLanes; ++i) product[i] = sum[i] = S(0);
+    const AtElement<false, S> element(room, channel);
+    int64_t i = 0;
+    for (; i + kLanes <= length; i += kLanes)
+      add_row<false, kSlope>(element, given + at + i, h + at + i, kLanes, product, sum);
+    add_row<false, kSlope>(element, given + at + i, h + at + i, length - i, product, sum);
+    fold_groups(product, kLanes, kLanes);
+    fold_groups(sum, kLanes, kLanes);
+    products[channel] = double(product[0]), sums[channel] = double(sum[0]);
+  });
+}
+
 template <class S>
-void reduce_product(const GroupNormProductArgs<S>& a, int64_t sample, const Pieces& pieces,
-                    const Piece& p, const GroupNormRoom<S>& room, ChannelSums* partial) {
-  const S* const h = read_piece(a.h, sample, p, room.piece(pieces, 0));
-  const S* const given = read_piece(a.given, sample, p, room.piece(pieces, 1));
-  ChannelSums* const to = partial + p.slice * a.channels;
-  with_flag(a.channels_last, [&](auto last) {
-    with_flag(a.silu && !a.forward, [&](auto slope) {
-      constexpr bool kLast = last.value;
-      S values[2][kLast ? 1 : kTile];
-      S* const products = kLast ? room.own_row(pieces, 0) : values[0];
-      S* const sums = kLast ? room.own_row(pieces, 1) : values[1];
-      if (kLast)
-        for (int64_t c = 0; c < a.channels; ++c) products[c] = sums[c] = S(0);
-      for_rows<kLast>(p, [&](int64_t at, int64_t length, int64_t channel) {
-        const AtElement<kLast, S> element(room, channel);
-        if (kLast) {
-          sum_row<kLast, slope.value>(element, given + at, h + at, length, products, sums);
-          return;
-        }
-        to[channel] = {0.0, 0.0};
-        for (int64_t first = 0; first < length; first += kTile) {
-          const int64_t n = length - first < kTile ? length - first : kTile;
-          sum_row<kLast, slope.value>(element, given + at + first, h + at + first, n, products,
-                                      sums);
-          to[channel].product += double(tile_sum<S>(n, [&](int64_t i) { return products[i]; }));
-          to[channel].sum += double(tile_sum<S>(n, [&](int64_t i) { return sums[i]; }));
-        }
-      });
-      if (kLast)
-        for (int64_t c = 0; c < a.channels; ++c) to[c] = {double(products[c]), double(sums[c])};
-    });
+void reduce_product(const GroupNormProductArgs<S>& a, int64_t sample, const Piece& p,
+                    const GroupNormRoom<S>& room, double* partial) {
+  const S* const h = read_piece(a.h, sample, p, room.own_piece(0));
+  const S* const given = read_piece(a.given, sample, p, room.own_piece(1));
+  double *const products = partial + p.slice * 2 * a.channels, *const sums = products + a.channels;
+  with_flag(a.silu && !a.forward, [&](auto slope) {
+    if (a.channels_last)
+      sums_of_pixels<slope.value>(p, given, h, room, products, sums);
+    else
+      sums_of_channels<slope.value>(p, given, h, room, products, sums);
   });
 }
 
 // sums, and the projection's means: kSlope is that of x̂·g, kConstant that of g.
 template <class S>
 void finish_product(const GroupNormProductArgs<S>& a, int64_t sample, const Pieces& pieces,
-                    const ChannelSums* partial, const GroupNormRoom<S>& room) {
+                    double* partial, const GroupNormRoom<S>& room) {
   using R = GroupNormRoom<S>;
   const int64_t n = a.channels, width = a.group_channels();
-  const double count = double(width) * double(a.pixels);
-  const S* const gamma = room.row(R::kScale);
-  S *const slope = room.row(R::kSlope), *const constant = room.row(R::kConstant);
-  for (int64_t g = 0; g < a.groups; ++g) {
-    double product = 0.0, sum = 0.0;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      ChannelSums all = partial[c];
-      for (int64_t k = 1; k < pieces.slices; ++k) {
-        all.product += partial[k * n + c].product;
-        all.sum += partial[k * n + c].sum;
-      }
-      if (a.sums) {
-        a.sums[2 * (sample * n + c)] = S(all.product);
-        a.sums[2 * (sample * n + c) + 1] = S(all.sum);
-      }
-      const double weight = a.forward ? 1.0 : double(gamma[c]);
-      product += weight * all.product, sum += weight * all.sum;
-    }
-    for (int64_t c = g * width; c < (g + 1) * width; ++c)
-      slope[c] = S(product / count), constant[c] = S(sum / count);
+  double *const products = partial, *const sums = partial + n;
+  for (int64_t k = 1; k < pieces.slices(); ++k) {
+    SBM_IVDEP
+    for (int64_t i = 0; i < 2 * n; ++i) partial[i] += partial[k * 2 * n + i];
   }
+  if (a.sums) {
+    S* const to = a.sums + 2 * sample * n;
+    for (int64_t c = 0; c < n; ++c) to[2 * c] = S(products[c]), to[2 * c + 1] = S(sums[c]);
+  }
+  if (!a.forward) {
+    const S* const gamma = room.row(R::kScale);
+    SBM_IVDEP
+    for (int64_t c = 0; c < n; ++c) products[c] *= double(gamma[c]), sums[c] *= double(gamma[c]);
+  }
+  fold_groups(products, n, width);
+  fold_groups(sums, n, width);
+  const double count = double(width) * double(a.pixels);
+  for (int64_t g = 0; g < a.groups; ++g) products[g] /= count, sums[g] /= count;
+  spread_groups(products, a.groups, width, room.row(R::kSlope));
+  spread_groups(sums, a.groups, width, room.row(R::kConstant));
 }
 
 template <bool kLast, bool kSilu, bool kForward, class S>
@@ -143,11 +148,11 @@ void product_rows(const Piece& p, const S* given, const S* h, S gain, const Grou
 }
 
 template <class S>
-void apply_product(const GroupNormProductArgs<S>& a, int64_t sample, const Pieces& pieces,
-                   const Piece& p, const GroupNormRoom<S>& room) {
-  const S* const h = read_piece(a.h, sample, p, room.piece(pieces, 0));
-  const S* const given = read_piece(a.given, sample, p, room.piece(pieces, 1));
-  S* const out = lies_in_place<S>(a.out) ? place<S>(a.out, sample, p) : room.piece(pieces, 1);
+void apply_product(const GroupNormProductArgs<S>& a, int64_t sample, const Piece& p,
+                   const GroupNormRoom<S>& room) {
+  const S* const h = read_piece(a.h, sample, p, room.own_piece(0));
+  const S* const given = read_piece(a.given, sample, p, room.own_piece(1));
+  S* const out = lies_in_place<S>(a.out) ? place<S>(a.out, sample, p) : room.own_piece(1);
   with_flag(a.channels_last, [&](auto last) {
     with_flag(a.silu, [&](auto silu) {
       with_flag(a.forward, [&](auto forward) {

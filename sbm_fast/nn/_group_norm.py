@@ -27,14 +27,14 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def without_gaps(x: Tensor) -> Tensor:
     """x with channels first or last in memory, a copy where it lies in another way."""
-    if x.is_contiguous() or (x.ndim > 2 and x.movedim(1, -1).is_contiguous()):
-        return x
-    return x.contiguous()
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x  # without the cost of the view below
+    return x if x.ndim > 2 and x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
 def lying_as(v: Tensor, x: Tensor) -> Tensor:
     """v with the memory layout of x."""
-    if v.stride() == x.stride():
+    if v is x or v.stride() == x.stride():
         return v
     return torch.empty_like(x, dtype=v.dtype).copy_(v)
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sbm_fast.nn import _group_norm
+from sbm_fast.ops._library import has_kernels
 
 ACTIVATIONS = ("silu", None)
-NAMES = ("weight", "bias", "scale", "shift", "add")
+NAMES = ("weight", "bias", "scale", "shift", "add", "residual")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -56,12 +57,22 @@ def group_norm_silu(
         TypeError: a tensor of no float dtype (float64, float32, bfloat16, float16).
         ValueError: any other argument that is not as above.
     """
-    rows = (weight, bias, scale, shift, add)
-    _check(x, num_groups, rows, residual, eps, gain, activation)
     keep = return_sum and (add is not None or residual is not None or gain != 1.0)
     tensors = (x, weight, bias, scale, shift, add, residual)
-    options = (num_groups, float(eps), float(gain), activation == "silu", keep)
-    results = _function(tensors)(*tensors, *options)
+    function = _function(tensors)
+    direct = function is _group_norm.run and has_kernels(x) and not torch.compiler.is_compiling()
+    if direct:
+        _check_options(eps, gain, activation)
+    else:
+        _check(tensors, num_groups, eps, gain, activation)
+    try:
+        results = function(*tensors, num_groups, eps, gain, activation == "silu", keep)
+    except Exception:
+        if (
+            direct
+        ):  # the kernels refuse bad tensors too: those that are good are not looked at twice
+            _check(tensors, num_groups, eps, gain, activation)
+        raise
     if not return_sum:
         return results[0]
     return results[0], results[2] if keep else x
@@ -81,14 +92,14 @@ def _function(tensors: tuple[Tensor | None, ...]) -> Callable[..., tuple[Tensor,
 
 
 def _check(
-    x: Tensor,
+    tensors: tuple[Tensor | None, ...],
     groups: int,
-    rows: tuple[Tensor | None, ...],
-    residual: Tensor | None,
     eps: float,
     gain: float,
     activation: str | None,
 ) -> None:
+    x, *others = tensors
+    assert x is not None
     if x.ndim < 2:
         raise ValueError(f"x: expected [B, C, …], got the shape {list(x.shape)}")
     shape = x.shape
@@ -96,15 +107,17 @@ def _check(
         raise TypeError(f"num_groups: expected an int, got {type(groups).__name__} {groups!r}")
     if groups < 1 or shape[1] % groups or not shape[1]:
         raise ValueError(f"num_groups: expected a divisor of {shape[1]} channels, got {groups}")
-    expected = (shape[1:2], shape[1:2], shape[:2], shape[:2], shape[:2])
-    for name, v, wanted in zip(NAMES, rows, expected, strict=True):
+    expected = (shape[1:2], shape[1:2], shape[:2], shape[:2], shape[:2], shape)
+    for name, v, wanted in zip(NAMES, others, expected, strict=True):
         if v is not None and v.shape != wanted:
             raise ValueError(f"{name}: expected the shape {list(wanted)}, got {list(v.shape)}")
-    if residual is not None and residual.shape != shape:
-        raise ValueError(f"residual: expected the shape {list(shape)}, got {list(residual.shape)}")
-    for name, v in zip((*NAMES, "residual", "x"), (*rows, residual, x), strict=True):
+    for name, v in zip(("x", *NAMES), tensors, strict=True):
         if v is not None and v.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected a float dtype of at most 64 bits, got {v.dtype}")
+            raise TypeError(f"{name}: expected one of {DTYPES}, got {v.dtype}")
+    _check_options(eps, gain, activation)
+
+
+def _check_options(eps: float, gain: float, activation: str | None) -> None:
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
     if gain == 0.0 or not math.isfinite(gain):
