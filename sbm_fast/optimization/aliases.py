@@ -91,9 +91,13 @@ class Aliases:
         return function is UNKNOWN and isinstance(call.func, ast.Name | ast.Subscript)
 
     def _join(self, targets: list[ast.expr], value: ast.expr) -> None:
-        together = self._kept(value)
-        for target in targets:
-            together |= names_in(target)
+        if isinstance(value, ast.Tuple) and len(targets) == 1:
+            parts = getattr(targets[0], "elts", [])
+            if len(parts) == len(value.elts):
+                for target, part in zip(parts, value.elts, strict=True):
+                    self._join([target], part)
+                return
+        together = self._kept(value).union(*map(names_in, targets))
         together &= self._scope.locals
         for name in tuple(together):
             together |= self._group.get(name, set())
