@@ -7,9 +7,8 @@ channel to channel are the view's own, so NCHW and channels_last are read by the
 along its contiguous dimension. A view is (tensor, (sample step, pixel step, channel step)); (None,
 None) is no tensor.
 
-Sums over a group run in a fixed tree: halves of the pixels, then halves of the lanes, zeros where
-there is none. So they do not depend on GROUPS or on the number of warps, and a sample's result not
-on its batch.
+Sums over a group run in a fixed tree of halves, zeros where nothing is. It depends on the layout,
+but not on GROUPS or on the number of warps, and so a sample's result not on its batch.
 """
 
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
+from . import _launch, interpreted
 from ._row import divide, root
 from ._sum import halve, neighbours
 
@@ -36,11 +35,10 @@ CHUNKS = 128  # of a sample's pixels at most: their statistics are merged by eve
 DEEPEST = 16384  # channels of a group
 MOST_WARPS = 16
 REGISTERS = 128  # a thread; the compiler takes more than it needs, and fewer programs stand at once
-# Their alignment and a value of 1 make no other kernel.
+ON_GPU = tl.constexpr(not interpreted())  # the interpreter knows no assembler
+# Their values make no other kernel.
 UNSPECIALISED = (
-    "weight", "bias", "scale", "shift", "add", "weight_dot", "bias_dot", "scale_step", "shift_step",
-    "add_step", "weight_dot_step", "bias_dot_step", "eps_low", "eps_high", "gain_low", "gain_high",
-    "groups", "slices", "chunks", "tiles",
+    "eps_low", "eps_high", "gain_low", "gain_high", "groups", "slices", "chunks", "tiles",
 )  # fmt: skip
 
 View = tuple[Any, Any]
@@ -121,7 +119,20 @@ def affine(
 
 @triton.jit
 def sigmoid(n):
-    return 1.0 / (1.0 + tl.exp(-n))
+    """1/(1 + e⁻ⁿ); in float32 by the special-function unit, to a few units of the last place.
+
+    `tl.exp` and a division care for subnormals, which 1 + e⁻ⁿ swallows: twice the instructions of
+    all the rest, more than there is time for at the speed of a copy.
+    """
+    if ON_GPU and n.dtype == tl.float32:
+        s = tl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.ftz.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; "
+            "add.ftz.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
+            "=f,f", [n], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        s = 1.0 / (1.0 + tl.exp(-n))
+    return s
 
 
 @triton.jit
@@ -138,6 +149,31 @@ def over_lanes(v, DEPTH: tl.constexpr, GROUPS: tl.constexpr):
         if DEPTH >> i >= 1:
             w = tl.sum(tl.reshape(w, (GROUPS, 2, DEPTH >> i)), axis=1)
     return tl.reshape(w, (GROUPS,))
+
+
+@triton.jit
+def over_group(
+    v, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr, LAST: tl.constexpr
+):  # fmt: skip
+    """The sum [GROUPS] of a tile: of eight pixels, of each group's lanes, of what is left.
+
+    The eight are those that a thread has, neighbours with channels first and far apart with
+    channels last: so little crosses threads.
+    """
+    LANES: tl.constexpr = GROUPS * DEPTH
+    EIGHT: tl.constexpr = min(8, PIXELS)
+    LEFT: tl.constexpr = PIXELS // EIGHT
+    w = v
+    for i in tl.static_range(1, 4):
+        if EIGHT >> i >= 1:
+            if LAST:
+                w = tl.sum(tl.reshape(w, (2, (EIGHT >> i) * LEFT, LANES)), axis=0)
+            else:
+                w = tl.sum(tl.reshape(w, (LEFT, 2, EIGHT >> i, LANES)), axis=1)
+    for i in tl.static_range(1, 15):
+        if DEPTH >> i >= 1:
+            w = tl.sum(tl.reshape(w, (LEFT, GROUPS, 2, DEPTH >> i)), axis=2)
+    return over_pixels(tl.reshape(w, (LEFT, GROUPS)), LEFT)
 
 
 @triton.jit
@@ -217,6 +253,7 @@ def cut(
         "D": d, "DEPTH": depth, "GROUPS": wide, "PIXELS": rows,
         "WHOLE": d == depth and groups % wide == 0 and pixels % (rows * tiles) == 0,
         "WIDE": _launch.is_wide(channels * pixels),
+        "LAST": last,
         "num_warps": min(max(1, rows * depth * wide // 32 // a_thread), MOST_WARPS),
         "maxnreg": REGISTERS,
     }  # fmt: skip

@@ -19,7 +19,7 @@ from ._groups import (
     groups_of,
     inverse_root,
     lanes_of,
-    over_lanes,
+    over_group,
     over_pixels,
     read,
     read_lanes,
@@ -61,7 +61,7 @@ def hold(
     out, total, stats, x, weight, bias, scale, shift, add, residual, scale_step, shift_step,
     add_step, eps_low, eps_high, gain_low, gain_high, pixels, groups, slices,
     D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
-    WHOLE: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr,
+    WHOLE: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """All pixels of some groups of one sample."""
     A: tl.constexpr = stats.dtype.element_ty
@@ -74,10 +74,10 @@ def hold(
         write(total, at, h, WHOLE)
     count = (pixels * D).to(A)
     kept = h if WHOLE else tl.where(at[3], h, 0.0)
-    mean = divide(over_lanes(over_pixels(kept, PIXELS), DEPTH, GROUPS), count)
+    mean = divide(over_group(kept, DEPTH, GROUPS, PIXELS, LAST), count)
     deviation = h - spread(mean, DEPTH, GROUPS)[None, :]
     kept = deviation if WHOLE else tl.where(at[3], deviation, 0.0)
-    squares = over_lanes(over_pixels(kept * kept, PIXELS), DEPTH, GROUPS)
+    squares = over_group(kept * kept, DEPTH, GROUPS, PIXELS, LAST)
     r = inverse_root(divide(squares, count), float64_of(eps_low, eps_high).to(A))
     where, exists = groups_of(b, slice, groups, GROUPS)
     tl.store(stats + 2 * where, mean, mask=exists)
@@ -99,7 +99,7 @@ def chunk_statistics(
     partial, x, add, residual, add_step, gain_low, gain_high, pixels, groups, slices,
     chunks, tiles,
     D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
-    WHOLE: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Mean of h and Σ (h − mean)² of a chunk of pixels of some groups of one sample."""
     A: tl.constexpr = partial.dtype.element_ty
@@ -122,12 +122,12 @@ def chunk_statistics(
         counts += (at[1] < pixels).to(A)
     total = values_of_chunk(chunk, tiles, pixels, D, PIXELS).to(A)
     weight = counts[:, None] * lanes[1].to(A)[None, :]
-    centre = divide(over_lanes(over_pixels(weight * mean, PIXELS), DEPTH, GROUPS), total)
+    centre = divide(over_group(weight * mean, DEPTH, GROUPS, PIXELS, LAST), total)
     apart = mean - spread(centre, DEPTH, GROUPS)[None, :]
     squares += weight * apart * apart
     where, exists = groups_of(b * chunks + chunk, slice, groups, GROUPS)
     tl.store(partial + 2 * where, centre, mask=exists)
-    squares = over_lanes(over_pixels(squares, PIXELS), DEPTH, GROUPS)
+    squares = over_group(squares, DEPTH, GROUPS, PIXELS, LAST)
     tl.store(partial + 2 * where + 1, squares, mask=exists)
 
 
@@ -157,7 +157,8 @@ def normalise_chunk(
     shift_step, add_step, eps_low, eps_high, gain_low, gain_high, pixels, groups, slices,
     chunks, tiles,
     D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
-    CHUNKS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr,
+    CHUNKS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
+    SILU: tl.constexpr,
 ):  # fmt: skip
     """The rest of the op on a chunk; programs come in the opposite order."""
     A: tl.constexpr = stats.dtype.element_ty

@@ -147,7 +147,8 @@ def hold_product(
     out, sums, given, h, stats, weight, bias, scale, shift, weight_dot, bias_dot, scale_step,
     shift_step, weight_dot_step, bias_dot_step, gain_low, gain_high, pixels, groups, slices,
     D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
-    WHOLE: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, FORWARD: tl.constexpr,
+    WHOLE: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr,
+    FORWARD: tl.constexpr,
 ):  # fmt: skip
     """All pixels of some groups of one sample."""
     A: tl.constexpr = stats.dtype.element_ty
@@ -176,7 +177,8 @@ def chunk_sums(
     partial, by_channel, given, h, stats, weight, bias, scale, shift, scale_step, shift_step,
     gain_low, gain_high, pixels, groups, slices, chunks, tiles,
     D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
-    WHOLE: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, FORWARD: tl.constexpr,
+    WHOLE: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr,
+    FORWARD: tl.constexpr,
 ):  # fmt: skip
     """Sums over a chunk of pixels, of t·x̂ and t for channels and of g·x̂ and g for groups."""
     A: tl.constexpr = stats.dtype.element_ty
@@ -209,7 +211,8 @@ def project_chunk(
     bias_dot, scale_step, shift_step, weight_dot_step, bias_dot_step, gain_low, gain_high, pixels,
     groups, slices, chunks, tiles,
     D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
-    WHOLE: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, FORWARD: tl.constexpr,
+    WHOLE: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr,
+    FORWARD: tl.constexpr,
 ):  # fmt: skip
     """The rest of the op on a chunk; programs come in the opposite order."""
     A: tl.constexpr = stats.dtype.element_ty

@@ -49,8 +49,9 @@ def source(kernel: Any, given: Specification) -> ASTSource:
 
 
 def measure(
-    kernel: Any, given: Specification, warps: int, arch: int, **options: int
+    kernel: Any, given: Specification, warps: int, arch: int, count: bool = False, **options: int
 ) -> dict[str, Any]:
+    """With `count`, the instructions too, for which the code must be disassembled."""
     begin = time.perf_counter()
     compiled = triton.compile(
         source(kernel, given),
@@ -59,12 +60,13 @@ def measure(
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         Path(cubin.name).write_bytes(compiled.asm["cubin"])
-        command = [TOOLS / "cuobjdump", "-res-usage", cubin.name]
+        command = [TOOLS / "cuobjdump", "-res-usage", *(("-sass",) if count else ()), cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {key: int(v) for key, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
     return found | {
         "shared": compiled.metadata.shared,
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", usage, re.M)),
         "wide_loads": len(re.findall(r"ld\.global\.v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global\.v4\.b32", ptx)),
         "half_loads": len(re.findall(r"ld\.global\.v2\.b32", ptx)),

@@ -17,8 +17,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may take, CUDA C prog
 REGISTERS, THREADS = 65536, 2048  # of a multiprocessor
 QUICK = {
     90: ("fast 128x32", "fast 384x32", "fast 256x16", "fast 256x8", "fast rest", "fast NCHW",
-         "fp32", "chunks 1", "chunks 2", "vjp 128x32",
-         "jvp 128x32", "chunks vjp 1", "chunks vjp 2"),
+         "chunks 1", "chunks 2", "vjp 128x32", "jvp 128x32"),
     80: ("fast 128x32", "vjp 128x32"),
 }  # fmt: skip
 Found = dict[str, dict[str, Any]]
@@ -45,7 +44,7 @@ def found() -> Found:
 
 
 def test_two_tensors_do_not_spill_and_four_hardly(found: Found) -> None:
-    hold_to_the_machine(found, 90, {"fast rest": 32, "fp32": 32})
+    hold_to_the_machine(found, 90, {"fast rest": 32})
 
 
 def test_sm_80() -> None:
@@ -58,12 +57,23 @@ def test_one_reading_and_one_writing_of_sixteen_bytes_at_once(found: Found) -> N
     for name in ("fast 128x32", "fast 256x16", "fast 256x8", "fast NCHW"):
         kernel = found[name]
         assert kernel["lanes"] == 64 * 32 * kernel["warps"] and kernel["bytes"] == 4
-        assert kernel["wide_loads"] == kernel["wide_stores"] == 8, (name, kernel)
+        # Rows of scales and the like are read besides.
+        assert kernel["wide_loads"] >= kernel["wide_stores"] == 8, (name, kernel)
     rest = found["fast rest"]
-    assert rest["wide_loads"] == rest["wide_stores"] == 16 and rest["bytes"] == 8
+    assert rest["wide_loads"] >= rest["wide_stores"] == 16 and rest["bytes"] == 8
     assert found["fast 384x32"]["half_loads"] == 64 * 2 // 8
     product = found["vjp 128x32"]  # two tensors, again from the first cache
-    assert product["wide_loads"] == 2 * 2 * 32 // 8 and product["bytes"] == 6
+    assert product["wide_loads"] >= 2 * 2 * 32 // 8 and product["bytes"] == 6
+
+
+def test_instructions_leave_time_for_the_memory(found: Found) -> None:
+    """An H200 issues 132·128 a clock of 1.755 GHz or more, and copies 4.3 TB/s: that is 27 while 4
+    bytes move. 12 channels a group waste a quarter of the lanes, and there it will not do."""
+    most = 132 * 128 * 1.755e9 / (4.3e12 / 4)
+    for name in ("fast 128x32", "fast 256x16", "fast 256x8", "fast NCHW"):
+        kernel = found[name]
+        taken = kernel["instructions"] * 32 * kernel["warps"] / kernel["lanes"]
+        assert taken <= most, (name, taken)
 
 
 def test_enough_reads_are_under_way(found: Found) -> None:
@@ -108,14 +118,14 @@ def both(batch, gain=1.0, eps=1e-5, skip=0, side=8):
 both(300)
 both(512)
 both(300, gain=0.5, eps=1.0)
-both(300, skip=1)
 both(1)
+both(1, skip=1)
 print(json.dumps(counts))
 """
 
 
 def test_launches_share_their_kernels() -> None:
-    """Batches, gains and the alignment of scales do not compile anew; a batch so small that its
-    programs take fewer groups does."""
+    """Batches and gains do not compile anew; a batch so small that its programs take fewer groups,
+    and rows that are not aligned, do."""
     counts = json.loads(noise_cases.run_python(LAUNCHES, TRITON_INTERPRET="0"))
-    assert counts == [[1, 1]] * 4 + [[2, 2]]
+    assert counts == [[1, 1]] * 3 + [[2, 2], [3, 3]]

@@ -123,15 +123,6 @@ def test_samples_do_not_depend_on_their_batch(
             assert torch.equal(alone[name], value[one]), name
 
 
-def test_layouts_have_the_same_bits() -> None:
-    for shape, groups in (((1, 12, 4, 4), 3), ((1, 6, 5), 2)):
-        first, last = (
-            cases.output(cases.norm(shape, groups, last=last, **ALL), "triton")
-            for last in (False, True)
-        )
-        assert all(torch.equal(first[name], last[name]) for name in first)
-
-
 def test_samples_apart_in_memory() -> None:
     for last in (False, True):
         case = cases.norm((4, 6, 3, 5), 3, last=last)
