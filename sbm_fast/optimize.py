@@ -32,7 +32,7 @@ def optimize(
 ) -> Report:
     """Fuses GroupNorm with its neighbours in a live network, in place.
 
-        h = gain · (x + vector);  y = SiLU(GroupNorm(h) · (1 + scale) + shift)
+        y = SiLU(GroupNorm(x + vector) · (1 + scale) + shift)
 
     becomes one call of the op `sbm_fast.nn.functional.group_norm_silu`, as far as the network's
     own code has these parts next to each other: in a module's forward, over several statements
@@ -48,12 +48,14 @@ def optimize(
     torch.compile are as they were. A pickle of the network names the original classes. Norms and
     activations with hooks are called one by one, for as long as they have hooks.
 
-    Under autocast the op gives the dtype of its input, where torch's GroupNorm on GPUs gives
-    float32.
+    The op's output lies in memory as its input does, channels first or last, and has its dtype:
+    under autocast too, where torch's GroupNorm on GPUs gives float32. Restore before
+    `torch.jit.script`.
 
     Args:
         net: any network, on any device, in train or eval mode. A second call changes what is new.
         channels_last: convolution weights in channels_last layout, which activations then follow.
+            Dropout draws other numbers then: torch draws them in the order of the memory.
         dtype: torch.bfloat16 or torch.float16, for inference: weights of torch's convolutions and
             linear layers are cast, the rest (norms, embeddings) stays; the network runs under
             autocast to it and gives the input's dtype back. The old weights are kept for `restore`.
@@ -66,7 +68,8 @@ def optimize(
     Raises:
         TypeError: net is not a module, dtype is not one of the two.
         ValueError: the network runs under another dtype of an earlier optimize.
-        RuntimeError: the outputs of the example differ by more than rounding; all is undone.
+        RuntimeError: the outputs of the example differ by more than rounding.
+        After any error the network is as it was.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
@@ -74,6 +77,7 @@ def optimize(
         raise TypeError(f"dtype must be torch.bfloat16, torch.float16 or None, got {dtype!r}")
     before = None if example is None else outputs(net, example)
     report = Report(net)
+    classes = {module: type(module) for module in net.modules()}
     try:
         _exchange_all(net, report)
         if channels_last:
@@ -93,7 +97,9 @@ def optimize(
                     f"all is undone of\n{report}"
                 )
     except BaseException:
-        report.restore()
+        for module, kind in classes.items():
+            module.__class__ = kind
+        report.put_back()
         raise
     return report
 

@@ -367,6 +367,22 @@ def test_left_and_why() -> None:
     assert all(path in table for path in left) and "4 norms replaced, 0 of them" in table
 
 
+def test_a_class_may_carry_its_source(calls: list[str]) -> None:
+    """EDM's pickles hold the source of their classes' module; it counts if it is what runs."""
+    text = (
+        "class Made(Nested):\n    def forward(self, x):\n        return self.act(self.norm1(x))\n"
+    )
+    for carried, expected in ((text, ["silu"]), (text.replace("norm1", "norm2"), [""])):
+        exec(text, space := {"Nested": Nested})
+        space["Made"]._orig_module_src = carried
+        block = space["Made"]()
+        report = sbm_fast.optimize(block)
+        assert bool(report.left) == (carried != text)
+        calls.clear()
+        block(given()[0])
+        assert calls == expected
+
+
 def test_twice_is_once(calls: list[str]) -> None:
     block = Stepwise()
     first, second = sbm_fast.optimize(block), sbm_fast.optimize(block)
@@ -459,6 +475,7 @@ def test_layout_and_dtype_and_back() -> None:
     assert "torch.bfloat16" in str(report) and "channels_last" in str(report)
     with pytest.raises(ValueError, match="bfloat16"):
         sbm_fast.optimize(block, dtype=torch.float16)
+    assert torch.equal(block(*given()), out)
 
     with torch.no_grad():
         block.conv2.weight.mul_(2)

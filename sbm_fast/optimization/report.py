@@ -79,6 +79,10 @@ class Report:
             refuse_foreign(module)
         for module in modules:
             give_back(module)
+        self.put_back()
+
+    def put_back(self) -> None:
+        """The weights have their old layout and dtype; the second part of `restore`."""
         for weight in reversed(self.kept):
             weight.put_back()
         self.kept.clear()

@@ -40,7 +40,9 @@ def rewrite(module: nn.Module, live: Any) -> tuple[Any, list[Site]]:
     Raises:
         Unreadable: the source is not to be had, or is not what runs.
     """
-    function, definition = read(live)
+    # EDM's pickled classes carry their module's source, and have no file.
+    text = getattr(type(module), "_orig_module_src", None)
+    function, definition = read(live, text if isinstance(text, str) else None)
     if _FRAMES & set(function.__code__.co_names):
         raise Unreadable("its forward looks at its own frame")
     definition = copy.deepcopy(definition)

@@ -6,6 +6,7 @@ import __future__
 import ast
 import functools
 import inspect
+import tokenize
 import types
 import warnings
 from collections.abc import Iterable, Mapping
@@ -19,8 +20,11 @@ class Unreadable(Exception):
 
 
 @functools.cache
-def read(function: Any) -> tuple[types.FunctionType, ast.FunctionDef]:
+def read(function: Any, text: str | None = None) -> tuple[types.FunctionType, ast.FunctionDef]:
     """The function under its decorators, and its definition.
+
+    Args:
+        text: the source of its module, for a function that did not come from a file.
 
     Raises:
         Unreadable: not a Python function, no source, or a source that does not compile to what
@@ -30,12 +34,16 @@ def read(function: Any) -> tuple[types.FunctionType, ast.FunctionDef]:
     if not isinstance(inner, types.FunctionType):
         raise Unreadable("its forward is not a Python function")
     try:
-        lines, start = inspect.getsourcelines(inner)
-        whole = "".join(inspect.findsource(inner)[0])
+        if text is None:
+            lines, start = inspect.getsourcelines(inner)
+            text = "".join(inspect.findsource(inner)[0])
+        else:
+            start = inner.__code__.co_firstlineno
+            lines = inspect.getblock(text.splitlines(keepends=True)[start - 1 :])
         # The "if" takes the indentation: nothing in strings over several lines moves.
         indented = lines[0][:1].isspace()
         tree = ast.parse(("if True:\n" if indented else "") + "".join(lines))
-    except (OSError, TypeError, SyntaxError, IndexError):
+    except (OSError, TypeError, SyntaxError, IndexError, tokenize.TokenError):
         raise Unreadable("the source of its forward is not to be had") from None
     first: Any = tree.body[0]
     definition = first.body[0] if indented else first
@@ -43,7 +51,7 @@ def read(function: Any) -> tuple[types.FunctionType, ast.FunctionDef]:
         raise Unreadable("its forward is not a plain function")
     ast.increment_lineno(definition, start - 1 - indented)
     definition.decorator_list = []
-    compiled = _compile_file(whole, inner.__code__.co_filename)
+    compiled = _compile_file(text, inner.__code__.co_filename)
     if not any(_same(code, inner.__code__) for code in compiled):
         raise Unreadable("the source of its forward is not what runs")
     return inner, definition
