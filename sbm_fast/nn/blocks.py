@@ -84,6 +84,9 @@ class ResidualBlock(nn.Module):
         if in_channels != out_channels or (self.project and resampling is not None):
             size = 3 if skip == "3x3" else 1
             self.skip = Conv2d(in_channels, out_channels, size, padding=size // 2)
+        # A 1x1 convolution and repetition commute: a quarter of the products.
+        up = isinstance(self.resample, resample.Up) and self.resample.box
+        self.skip_first = up and skip != "3x3"
 
     def forward(self, x: Tensor, v: Tensor | None) -> Tensor:
         h = self.conv1(self.resample(self.norm1(x)))
@@ -92,7 +95,8 @@ class ResidualBlock(nn.Module):
             h = self.norm2(h, scale=scale, shift=shift)
         else:
             h = self.norm2(h, add=v)
-        return self.conv2(self.dropout(h), gain=self.gain, plus=self.skip(self.resample(x)))
+        skip = self.resample(self.skip(x)) if self.skip_first else self.skip(self.resample(x))
+        return self.conv2(self.dropout(h), gain=self.gain, plus=skip)
 
 
 class SelfAttention(nn.Module):
