@@ -82,6 +82,7 @@ class Pieces {
   }
 
   int64_t count() const { return count_; }
+  bool channels_last() const { return last_; }
   int64_t channels() const { return channels_; }
   // Pieces that every channel, and every group, is spread over.
   int64_t slices() const { return slices_; }
@@ -126,17 +127,28 @@ struct GroupNormRoom {
   static constexpr int kOwnRows = 4, kOwnPieces = 2;
   static constexpr int64_t kLanes = 64;  // the least size of a row of the thread's own
 
+  // Where channels are last, a row is repeated to about this many numbers, for as many pixels at a
+  // time: short loops are slow.
+  static constexpr int64_t kLong = 512;
+
   S* rows;
-  int64_t row_size, piece_size;
+  int64_t row_length, row_size, piece_size;
   S* buffer;
 
   static int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
   static int64_t buffer_size(const Pieces& pieces) {
-    return kOwnRows * padded(pieces.channels()) + kOwnPieces * padded(pieces.most());
+    return kOwnRows * padded(length(pieces)) + kOwnPieces * padded(pieces.most());
   }
+  static int64_t length(const Pieces& pieces) {
+    const int64_t n = pieces.channels(),
+                  times = pieces.channels_last() && n < kLong ? kLong / n : 1;
+    return n * times;
+  }
+  static int64_t rows_size(const Pieces& pieces) { return kRows * padded(length(pieces)); }
   GroupNormRoom(const Pieces& pieces, S* rows, S* buffer)
       : rows(rows),
-        row_size(padded(pieces.channels())),
+        row_length(length(pieces)),
+        row_size(padded(row_length)),
         piece_size(padded(pieces.most())),
         buffer(buffer) {}
 

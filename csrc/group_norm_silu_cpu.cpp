@@ -31,7 +31,7 @@ template <class S, class Args>
 void run(const Args& a, const GroupNormPasses<Args, S>& kernel, const Pieces& pieces,
          int64_t partials) {
   using Room = GroupNormRoom<S>;
-  const int64_t of_rows = Room::kRows * Room::padded(a.channels), count = pieces.count();
+  const int64_t of_rows = Room::rows_size(pieces), count = pieces.count();
   const auto grain = [](int64_t elements) { return 1 + (kGrain - 1) / (elements + 1); };
   const auto own = [&] { return kept<kRows, S>(of_rows + Room::buffer_size(pieces)); };
 

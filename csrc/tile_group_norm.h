@@ -1,14 +1,17 @@
 // The passes of group_norm_silu over a piece of a sample, see group_norm_silu.h. Included by
 // kernels_cpu_impl.h only.
 #pragma once
+#include <string.h>
+
+#include <initializer_list>
+
 #include "silu.h"
 #include "tile_io.h"
 
 namespace sbm {
 namespace {
 
-// A number of every channel, along a row of one pixel's channels (kLast) or of one channel's
-// pixels.
+// A number of every channel, along a row of pixels' channels (kLast) or of one channel's pixels.
 template <bool kLast, class S>
 struct Along {
   const S* row;
@@ -18,12 +21,21 @@ struct Along {
   S operator[](int64_t i) const { return kLast ? row[i] : same; }
 };
 
-// Calls run(offset in the piece, length, channel) for every such row.
+// Calls run(offset in the piece, length, channel) for every such row; `longest`: of pixels'
+// channels.
 template <bool kLast, class Run>
-void for_rows(const Piece& p, Run run) {
-  const int64_t rows = kLast ? p.count / p.channels : p.channels;
-  const int64_t length = kLast ? p.channels : p.count / p.channels;
-  for (int64_t r = 0; r < rows; ++r) run(r * length, length, kLast ? 0 : p.channel + r);
+void for_rows(const Piece& p, int64_t longest, Run run) {
+  const int64_t step = kLast ? longest : p.count / p.channels;
+  for (int64_t at = 0, channel = p.channel; at < p.count; at += step, channel += !kLast) {
+    const int64_t left = p.count - at;
+    run(at, left < step ? left : step, channel);
+  }
+}
+
+// Repeats a row of n numbers to its full length.
+template <class S>
+void repeat_row(const GroupNormRoom<S>& room, S* row, int64_t n) {
+  for (int64_t i = n; i < room.row_length; i += n) memcpy(row + i, row, size_t(n) * sizeof(S));
 }
 
 // Calls run(std::true_type) or run(std::false_type).
@@ -105,14 +117,17 @@ void read_affine(const GroupNormShape<S>& a, int64_t sample, const GroupNormRoom
 }
 
 template <class S>
-void begin_norm(const GroupNormArgs<S>& a, int64_t sample, const GroupNormRoom<S>& room) {
-  read_affine(a, sample, room);
-  read_row(a.add, sample, a.channels, S(0), room.row(GroupNormRoom<S>::kAdd));
+bool is_plain(const GroupNormArgs<S>& a) {
+  return !a.add.given() && !a.residual.given() && a.gain == S(1);
 }
 
 template <class S>
-bool is_plain(const GroupNormArgs<S>& a) {
-  return !a.add.given() && !a.residual.given() && a.gain == S(1);
+void begin_norm(const GroupNormArgs<S>& a, int64_t sample, const GroupNormRoom<S>& room) {
+  S* const add = room.row(GroupNormRoom<S>::kAdd);
+  read_affine(a, sample, room);
+  if (is_plain(a)) return;
+  read_row(a.add, sample, a.channels, S(0), add);
+  repeat_row(room, add, a.channels);
 }
 
 // h of a piece: where it lies, or made in `buffer`.
@@ -123,7 +138,7 @@ const S* sum_of(const GroupNormArgs<S>& a, int64_t sample, const Piece& p,
   const S* const add = room.row(GroupNormRoom<S>::kAdd);
   with_flag(a.channels_last, [&](auto last) {
     with_piece(a.x, sample, p, [&](const auto* x) {
-      for_rows<last.value>(p, [&](int64_t at, int64_t length, int64_t channel) {
+      for_rows<last.value>(p, room.row_length, [&](int64_t at, int64_t length, int64_t channel) {
         const Along<last.value, S> added(add, channel);
         SBM_IVDEP
         for (int64_t i = 0; i < length; ++i) buffer[at + i] = S(widen(x[at + i])) + added[i];
@@ -331,12 +346,13 @@ void finish_norm(const GroupNormArgs<S>& a, int64_t sample, const Pieces& pieces
     factor[c] *= gamma[c];
     beta[c] = fused(-left[c], gamma[c], beta[c]);
   }
+  for (S* row : {room.row(R::kMean), factor, beta}) repeat_row(room, row, n);
 }
 
 template <bool kLast, bool kSilu, class S>
 void normalise_rows(const Piece& p, const S* h, const GroupNormRoom<S>& room, S* out) {
   using R = GroupNormRoom<S>;
-  for_rows<kLast>(p, [&](int64_t at, int64_t length, int64_t channel) {
+  for_rows<kLast>(p, room.row_length, [&](int64_t at, int64_t length, int64_t channel) {
     const Along<kLast, S> mean(room.row(R::kMean), channel), factor(room.row(R::kFactor), channel);
     const Along<kLast, S> offset(room.row(R::kOffset), channel);
     const S* const from = h + at;

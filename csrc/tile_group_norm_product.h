@@ -54,7 +54,7 @@ void sums_of_pixels(const Piece& p, const S* given, const S* h, const GroupNormR
   S *const product = room.own_row(0), *const sum = room.own_row(1);
   for (int64_t c = 0; c < p.channels; ++c) product[c] = sum[c] = S(0);
   const AtElement<true, S> element(room, 0);
-  for_rows<true>(p, [&](int64_t at, int64_t length, int64_t) {
+  for_rows<true>(p, p.channels, [&](int64_t at, int64_t length, int64_t) {
     add_row<true, kSlope>(element, given + at, h + at, length, product, sum);
   });
   for (int64_t c = 0; c < p.channels; ++c)
@@ -67,7 +67,7 @@ void sums_of_channels(const Piece& p, const S* given, const S* h, const GroupNor
                       double* products, double* sums) {
   constexpr int64_t kLanes = GroupNormRoom<S>::kLanes;
   S *const product = room.own_row(0), *const sum = room.own_row(1);
-  for_rows<false>(p, [&](int64_t at, int64_t length, int64_t channel) {
+  for_rows<false>(p, 0, [&](int64_t at, int64_t length, int64_t channel) {
     for (int64_t i = 0; i < kLanes; ++i) product[i] = sum[i] = S(0);
     const AtElement<false, S> element(room, channel);
     int64_t i = 0;
@@ -120,13 +120,14 @@ void finish_product(const GroupNormProductArgs<S>& a, int64_t sample, const Piec
   for (int64_t g = 0; g < a.groups; ++g) products[g] /= count, sums[g] /= count;
   spread_groups(products, a.groups, width, room.row(R::kSlope));
   spread_groups(sums, a.groups, width, room.row(R::kConstant));
+  for (int row = 0; row < R::kRows; ++row) repeat_row(room, room.row(typename R::Row(row)), n);
 }
 
 template <bool kLast, bool kSilu, bool kForward, class S>
 void product_rows(const Piece& p, const S* given, const S* h, S gain, const GroupNormRoom<S>& room,
                   S* out) {
   using R = GroupNormRoom<S>;
-  for_rows<kLast>(p, [&](int64_t at, int64_t length, int64_t channel) {
+  for_rows<kLast>(p, room.row_length, [&](int64_t at, int64_t length, int64_t channel) {
     const AtElement<kLast, S> element(room, channel);
     const Along<kLast, S> slope(room.row(R::kSlope), channel);
     const Along<kLast, S> constant(room.row(R::kConstant), channel);

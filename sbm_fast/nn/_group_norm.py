@@ -63,16 +63,19 @@ def run(
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """(y, statistics), and h behind them where it is to be kept. No derivatives."""
-    x = without_gaps(x)
+    if not x.is_contiguous():
+        x = without_gaps(x)
     out = torch.empty_like(x)
     total = torch.empty_like(x) if keep else None
-    stats = x.new_empty((x.shape[0], groups, 2), dtype=statistics_dtype(x))
+    stats = x.new_empty((len(x), groups, 2), dtype=statistics_dtype(x))
     if residual is not None:
         residual = lying_as(residual, x)
-    op = ops.group_norm_silu_ if _registered(x) else ops.reference
+    if scale is not None or shift is not None or add is not None:
+        scale, shift, add = _row(scale), _row(shift), _row(add)
+    op = ops.group_norm_silu_ if x.is_cpu or _registered(x) else ops.reference
     op(
-        out, total, stats, x, _row(weight), _row(bias), _row(scale), _row(shift), _row(add),
-        residual, groups, eps, gain, silu,
+        out, total, stats, x, _row(weight), _row(bias), scale, shift, add, residual, groups, eps,
+        gain, silu,
     )  # fmt: skip
     return (out, stats) if total is None else (out, stats, total)
 

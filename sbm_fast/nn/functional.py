@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sbm_fast import _load
 from sbm_fast.nn import _group_norm
-from sbm_fast.ops._library import has_kernels
+from sbm_fast.ops._library import ON_CUDA
 
 ACTIVATIONS = ("silu", None)
 NAMES = ("weight", "bias", "scale", "shift", "add", "residual")
@@ -59,18 +60,14 @@ def group_norm_silu(
     """
     keep = return_sum and (add is not None or residual is not None or gain != 1.0)
     tensors = (x, weight, bias, scale, shift, add, residual)
-    function = _function(tensors)
-    direct = function is _group_norm.run and has_kernels(x) and not torch.compiler.is_compiling()
-    if direct:
-        _check_options(eps, gain, activation)
-    else:
+    function, checks = _function(tensors)
+    # The kernels refuse bad tensors themselves: good ones are not looked at twice.
+    if not checks or not 0.0 <= eps < math.inf or gain != 1.0 or activation != "silu":
         _check(tensors, num_groups, eps, gain, activation)
     try:
         results = function(*tensors, num_groups, eps, gain, activation == "silu", keep)
     except Exception:
-        if (
-            direct
-        ):  # the kernels refuse bad tensors too: those that are good are not looked at twice
+        if checks:
             _check(tensors, num_groups, eps, gain, activation)
         raise
     if not return_sum:
@@ -78,17 +75,20 @@ def group_norm_silu(
     return results[0], results[2] if keep else x
 
 
-def _function(tensors: tuple[Tensor | None, ...]) -> Callable[..., tuple[Tensor, ...]]:
-    """The op alone where nothing is differentiated, which costs least."""
+def _function(tensors: tuple[Tensor | None, ...]) -> tuple[Callable[..., tuple[Tensor, ...]], bool]:
+    """The op alone where nothing is differentiated, which costs least; and whether what is called
+    checks the tensors before it does anything else."""
     wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
     if torch.compiler.is_compiling():
-        return _group_norm.Reverse.apply if wanted else _group_norm.run
+        return (_group_norm.Reverse.apply if wanted else _group_norm.run), False
     if torch._C._are_functorch_transforms_active():
         nested = _group_norm.nested_forward_mode()
-        return _group_norm.formula if nested else _group_norm.GroupNormSiLU.apply
+        return (_group_norm.formula if nested else _group_norm.GroupNormSiLU.apply), False
     if wanted or forward_ad._current_level >= 0:
-        return _group_norm.GroupNormSiLU.apply
-    return _group_norm.run
+        return _group_norm.GroupNormSiLU.apply, False
+    x = tensors[0]
+    assert x is not None
+    return _group_norm.run, _load.COMPILED if x.is_cpu else x.is_cuda and ON_CUDA != ""
 
 
 def _check(
@@ -114,10 +114,6 @@ def _check(
     for name, v in zip(("x", *NAMES), tensors, strict=True):
         if v is not None and v.dtype not in DTYPES:
             raise TypeError(f"{name}: expected one of {DTYPES}, got {v.dtype}")
-    _check_options(eps, gain, activation)
-
-
-def _check_options(eps: float, gain: float, activation: str | None) -> None:
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
     if gain == 0.0 or not math.isfinite(gain):
