@@ -1,6 +1,7 @@
 """`sbm_fast.optimize` on blocks in the styles of the field: what is joined, what is left."""
 
 import copy
+import functools
 import io
 import pickle
 from collections.abc import Callable
@@ -309,6 +310,60 @@ class Aliases(Block):
         h *= 2
         f = sum(self.act(h) for _ in range(2)) + h.mean()
         return a + b + c + d + e + f
+
+
+def scaled(by: float) -> Callable[..., Any]:
+    def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+            return by * forward(self, *args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def outer(factor: float) -> type[nn.Module]:
+    class Pythonic(Block):
+        """What a forward may have that is hard to make anew."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.__private = 0.5
+
+        @scaled(0.5)
+        def forward(self, x: Tensor, emb: Tensor, *, more: float = 0.25) -> Tensor:
+            match self.mode:
+                case "add":
+                    h = x + emb[:, :, None, None]
+                    h = self.act(self.norm1(h))
+                case _:
+                    h = x
+            try:
+                h = self.norm2(h)
+                h = self.act(h)
+            except ValueError:
+                h = x
+            inner = lambda y: self.act(self.norm1(y)) * factor  # noqa: E731
+            if (k := self.conv1(h)).ndim == 4:
+                h = inner(k) + self.__private
+            text = """
+            over two lines"""
+            with torch.enable_grad():
+                h = self.act(self.norm1(h)) + more + len(text)
+            return super().__call__ and h + h.new_tensor(factor)
+
+    return Pythonic
+
+
+def test_forwards_of_all_kinds(calls: list[str]) -> None:
+    block = outer(3.0)().eval()
+    should = block(*given(), more=1.0)
+    report = sbm_fast.optimize(block)
+    assert not report.left
+    torch.testing.assert_close(block(*given(), more=1.0), should)
+    assert calls == ["add silu", "", "", "silu"]
+    assert torch.equal(block(*given()), block(*given(), more=0.25))
 
 
 def test_order_of_reads_and_writes_is_kept() -> None:

@@ -116,14 +116,12 @@ class Chains:
         function = self.scope.resolve(node.func)
         if len(node.args) == 3 and not node.keywords and function is torch.addcmul:
             for place in (1, 2):
-                inner, scale = (
-                    self.match(node.args[place], statement),
-                    _plus_one(node.args[3 - place]),
-                )
-                if inner and "norm" in inner.kinds and scale and self._calm(inner, scale):
-                    others = node.func, node.args[0], scale
-                    if not self.aliases.lasting(node.args[0]):
-                        return None
+                inner = self.match(node.args[place], statement)
+                shift, scale = node.args[0], _plus_one(node.args[3 - place])
+                if not inner or "norm" not in inner.kinds or scale is None:
+                    continue
+                if self._calm(inner, scale) and self.aliases.lasting(shift):
+                    others = node.func, shift, scale
                     return Link("addcmul", node, inner, others, frozenset({"norm"}))
         if len(node.args) != 1 or any(k.arg != "inplace" for k in node.keywords):
             return None
@@ -199,9 +197,8 @@ class Chains:
         if not isinstance(x, ast.Name) or loads(add, x.id) or not self.aliases.lasting(add):
             return None
         maker = self._maker(x.id, statement)
-        if maker is None or (
-            not isinstance(statement, ast.AugAssign) and x.id != _target(statement)
-        ):
+        forgets = isinstance(statement, ast.AugAssign) or x.id == _target(statement)
+        if maker is None or not forgets:
             return None
         return Link("add_", node, None, (x, add, maker), frozenset({"sum"}))
 
@@ -212,9 +209,9 @@ class Chains:
             if _target(before) == name:
                 assert isinstance(before, ast.Assign)
                 made = before.value
-                is_call = isinstance(made, ast.Call)
-                known = is_call and isinstance(self.scope.resolve(made.func), nn.Module)  # type: ignore[attr-defined]
-                return made.func if known else None  # type: ignore[attr-defined]
+                if not isinstance(made, ast.Call):
+                    return None
+                return made.func if isinstance(self.scope.resolve(made.func), nn.Module) else None
             if not isinstance(before, ast.Assign) or loads(before, name) or _stores(before, name):
                 return None
             before = self.flow.before(before)

@@ -130,9 +130,7 @@ class _Rewriter(ast.NodeTransformer):
                 sites.extend(self._of.get(found.statement, ()))
             return ast.copy_location(ast.Name(id=node.id, ctx=ast.Load()), node)
         inner = None if link.inner is None else self._link(link.inner, sites)
-        others = [ast.copy_location(ast.Name(id=o.id, ctx=ast.Load()), o)
-                  if link.op == "add_" and o is link.others[0] and isinstance(o, ast.Name)
-                  else self.visit(o) for o in link.others]  # fmt: skip
+        others = [self.visit(other) for other in link.others]
         if link.op in ("sum", "add_"):
             return self._call(link.op, *others)
         if link.op == "norm":

@@ -119,8 +119,8 @@ class Flow:
                 inner = getattr(statement, name, [])
                 never = holds is not UNKNOWN and bool(holds) == (name == "orelse")
                 self._enter(inner, statement, dead or never, scope)
-            for handler in getattr(statement, "handlers", []):
-                self._enter(handler.body, statement, dead, scope)
+            for part in (*getattr(statement, "handlers", []), *getattr(statement, "cases", [])):
+                self._enter(part.body, statement, dead, scope)
 
     def after(self, statement: ast.stmt) -> ast.stmt | None:
         """What runs next: END behind the function's last; None at the end of a loop, "with", "try"
