@@ -106,7 +106,7 @@ def test_classes_end_the_table() -> None:
         torch.testing.assert_close(own, net(x, labels[row], class_labels=classes))
 
 
-@pytest.mark.parametrize("reason", ["hook", "forward", "subclass", "projection"])
+@pytest.mark.parametrize("reason", ["hook", "forward", "subclass", "projection", "compiled"])
 def test_what_a_table_would_pass_by_is_called(reason: str) -> None:
     net = small()
     if reason == "hook":
@@ -120,6 +120,8 @@ def test_what_a_table_would_pass_by_is_called(reason: str) -> None:
                 return super().forward(x, label, **cond)
 
         net.__class__ = Own
+    elif reason == "compiled":
+        net.compile(backend="eager")
     else:
         net.projections()[0].register_forward_hook(lambda *_: None)
     assert prepare(net, torch.ones(3)) is None

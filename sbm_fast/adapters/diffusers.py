@@ -274,7 +274,9 @@ def _model(network: nn.Module, config: Mapping[str, Any], trained: Training) -> 
             f"out_channels: expected {expected} for in_channels = {inputs} and variance "
             f"{trained.variance!r}, got {outputs}"
         )
-    size = config.get("sample_size")
+    # Networks of signals and films have other shapes, which their configurations do not tell.
+    flat = any("2D" in cls.__name__ for cls in type(network).__mro__)
+    size = config.get("sample_size") if flat else None
     sizes = (size, size) if isinstance(size, int) else size
     return ScoreModel(
         Output(network, trained.sign),
@@ -384,12 +386,15 @@ def _bound(config: dict[str, Any], sizes: list[int]) -> None:
     largest = max(sizes, default=0)
     embedding = config.get("time_embedding_dim") or 4 * widths[0]
     classes = config.get("num_class_embeds") or 0
-    channels = [config.get(key) or 0 for key in ("in_channels", "out_channels")]
-    for needed in (9 * max(widths) ** 2, embedding**2, classes, *channels):
+    ends = [9 * (config.get(key) or 0) * widths[0] for key in ("in_channels", "out_channels")]
+    for needed in (9 * max(widths) ** 2, embedding**2, classes * embedding, *ends):
         if needed > largest:
             raise ValueError(
                 f"a tensor of {needed} elements, the largest of the files has {largest}"
             )
+    in_all = config["layers_per_block"] * sum(9 * width**2 for width in widths)
+    if in_all > sum(sizes):
+        raise ValueError(f"{in_all} weights or more, but the files hold {sum(sizes)} numbers")
 
 
 @contextmanager

@@ -158,6 +158,8 @@ def _edm(state: Mapping[str, Any]) -> dict[str, Any]:
 def _vp(state: Mapping[str, Any]) -> dict[str, Any]:
     sde = VPSDE(float(state["beta_min"]), float(state["beta_min"]) + float(state["beta_d"]))
     steps = state["M"]
+    if type(steps) is not int or steps < 2:
+        raise ValueError(f"M: expected a number of steps, at least 2, got a {type(steps).__name__}")
     return dict(predicts="eps", time="999t" if steps == 1000 else Steps(steps), sde=sde)
 
 
@@ -198,7 +200,6 @@ def _network(outer: Record) -> Network:
     size, channels = config["image_size"], config["in_channels"]
     carried = _PRECONDITIONINGS[outer.class_name](outer.state)
     carried["sample_shape"] = (channels, size, size)
-    carried["null_cond"] = {"class_labels": None} if config.get("label_dim") else None
     # The filters of resampling follow from the configuration.
     tensors = {name: t for name, t in tensors.items() if not name.endswith("resample_filter")}
     network = build(cls, config, carried, tensors)

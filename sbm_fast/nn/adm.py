@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from sbm_fast.nn import options
-from sbm_fast.nn.blocks import ResidualBlock, SelfAttention, capped_norm, zero
+from sbm_fast.nn.blocks import MakeNorm, ResidualBlock, SelfAttention, capped_norm, zero
 from sbm_fast.nn.conditional import ConditionalNetwork
 from sbm_fast.nn.embedding import PositionalEmbedding
 from sbm_fast.nn.levels import Design, Head
@@ -87,10 +87,7 @@ class ADM(ConditionalNetwork):
         self.map_layer1 = nn.Linear(emb, emb)
         self.map_label = nn.Linear(label_dim, emb, bias=False) if label_dim else None
         norm = partial(capped_norm, eps=1e-5)
-
-        def attention(width: int) -> SelfAttention:
-            return SelfAttention(width, width // per_head, norm=norm)
-
+        attention = partial(_attention, per_head=per_head, norm=norm)
         block = partial(ResidualBlock, emb_channels=emb, norm=norm, film=True, dropout=dropout)
         first = channels * config["channel_mult"][0]
         self._build(Design(norm=norm, block=block, attention=attention, first=first, every=True))
@@ -104,6 +101,15 @@ class ADM(ConditionalNetwork):
             nn.init.zeros_(self.map_augment.weight)
         if self.map_label is not None:
             nn.init.normal_(self.map_label.weight)
+
+    @classmethod
+    def demands(cls, config: Mapping[str, Any]) -> tuple[int, int, dict[str, int]]:
+        blocks, elements, sizes = super().demands(config)
+        first = config["channels"] * max(config["channel_mult"][:1], default=0)
+        width = config["channels"] * config["channel_mult_emb"]
+        sizes[f"in_channels {config['in_channels']}"] = 9 * config["in_channels"] * first
+        sizes[f"label_dim {config['label_dim']}"] = config["label_dim"] * width
+        return blocks, elements, sizes
 
     def time_part(self, label: Tensor) -> Tensor:
         """e, or all before W_c c where the network takes no augmentation labels."""
@@ -138,3 +144,7 @@ class ADM(ConditionalNetwork):
 
     def _last_names(self, finest: str) -> dict[str, str]:
         return {"last.norm": "out_norm", "last.conv": "out_conv"}
+
+
+def _attention(width: int, per_head: int, norm: MakeNorm) -> SelfAttention:
+    return SelfAttention(width, width // per_head, norm=norm)

@@ -211,13 +211,18 @@ def bound(cls: type[Network], config: Mapping[str, Any], weights: Mapping[str, T
         numbers += value if isinstance(value, (list, tuple)) else [value]
     if not all(type(number) is int and number >= 0 for number in numbers):
         return  # the constructor names what is wrong
-    blocks, least = cls.demands(config)
+    blocks, elements, least = cls.demands(config)
     if blocks > len(weights):
         raise ValueError(f"{blocks} blocks, but the file holds {len(weights)} tensors")
     largest = max((tensor.numel() for tensor in weights.values()), default=0)
     for what, size in least.items():
         if size > largest:
             raise ValueError(f"{what}, but the largest tensor of the file has {largest} elements")
+    # By their memory: a pickle can name one tensor any number of times.
+    memory = {t.untyped_storage().data_ptr(): t for t in weights.values()}
+    held = sum(t.untyped_storage().nbytes() // t.itemsize for t in memory.values())
+    if elements > held:
+        raise ValueError(f"{elements} weights or more, but the file holds {held} numbers")
 
 
 def _compare(expected: dict[str, torch.Size], weights: dict[str, Tensor]) -> None:

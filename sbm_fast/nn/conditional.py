@@ -22,7 +22,8 @@ class ConditionalNetwork(LevelNetwork):
 
     ``class_labels`` is int [B], the numbers of the classes, or float [B, label_dim], one-hot
     vectors or any others; None: zeros, no class. ``augment_labels`` is float [B, augment_dim],
-    what was done to a training image (Karras et al. 2022, app. F.2); None: nothing.
+    what was done to a training image (Karras et al. 2022, app. F.2); None: nothing. With classes,
+    ``null_cond`` is no class where none is given.
     """
 
     map_noise: nn.Module
@@ -31,6 +32,11 @@ class ConditionalNetwork(LevelNetwork):
         *LevelNetwork.SIZES,
         *("label_dim", "augment_dim", "channel_mult_emb"),
     )
+
+    def __init__(self, config: dict[str, Any], **carried: Any) -> None:
+        if config["label_dim"] and carried.get("null_cond") is None:
+            carried["null_cond"] = {"class_labels": None}
+        super().__init__(config, **carried)
 
     def _common(
         self,
@@ -66,14 +72,18 @@ class ConditionalNetwork(LevelNetwork):
             "label_dropout": options.probability("label_dropout", label_dropout),
         }
 
+    @classmethod
+    def _label_width(cls, config: Mapping[str, Any]) -> int:
+        """The least width that labels are projected to."""
+        return int(config["channels"])
+
     def _classes(self, labels: Tensor | None, part: Tensor) -> Tensor:
         """``class_labels`` as float [B, label_dim] beside ``part``, with dropout in training."""
         batch, width = part.shape[0], self.config["label_dim"]
         if labels is None:
             return part.new_zeros(batch, width)
-        if labels.ndim == 1 and not labels.is_floating_point():
-            # torch's one_hot would ask the device for the largest label.
-            labels = part.new_zeros(labels.shape[0], width).scatter_(1, labels.long()[:, None], 1)
+        if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
+            labels = _one_hot(labels, part, width)
         labels = _shaped("class_labels", labels, batch, width).to(part.dtype)
         if self.training and self.config["label_dropout"]:
             kept = torch.rand(batch, 1, device=labels.device) >= self.config["label_dropout"]
@@ -91,12 +101,14 @@ class ConditionalNetwork(LevelNetwork):
         return features + self.map_augment(labels.to(features.dtype))
 
     @classmethod
-    def demands(cls, config: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-        blocks, sizes = super().demands(config)
-        names = ("label_dim", "augment_dim")
+    def demands(cls, config: Mapping[str, Any]) -> tuple[int, int, dict[str, int]]:
+        blocks, elements, sizes = super().demands(config)
         width = config["channels"] * config["channel_mult_emb"]
         sizes[f"an embedding of {width}"] = width**2
-        return blocks, sizes | {f"{name} {config[name]}": config[name] for name in names}
+        for name in ("label_dim", "augment_dim"):
+            sizes[f"{name} {config[name]}"] = config[name] * cls._label_width(config)
+        projected = config["channels"] * sum(config["channel_mult"]) * config["num_blocks"]
+        return blocks, elements + projected * width, sizes
 
     def peer_tensors(self) -> list[PeerTensor]:
         """As EDM's ``SongUNet`` and ``DhariwalUNet``, but for fixed filters, which have no name
@@ -179,7 +191,24 @@ def _block(block: ResidualBlock, ours: str, theirs: str) -> list[PeerTensor]:
     return tensors_of(block, ours, _BLOCK, theirs)
 
 
+def _one_hot(classes: Tensor, part: Tensor, width: int) -> Tensor:
+    """Numbers of classes [B] as [B, width], in the dtype and on the device of ``part``."""
+    zeros, columns = part.new_zeros(classes.shape[0], width), classes.long()[:, None]
+    if torch.compiler.is_compiling():
+        return zeros.scatter_(1, columns, 1)
+    # torch's one_hot would ask the device for the largest label. This reads nothing, and says
+    # what is out of range where the host can know it.
+    try:
+        return zeros.scatter_(1, columns, 1)
+    except RuntimeError as error:
+        if "out of bounds" not in str(error):
+            raise
+        raise ValueError(f"class_labels must lie in 0..{width - 1}: {error}") from error
+
+
 def _shaped(name: str, labels: Tensor, batch: int, width: int) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
     if labels.shape != (batch, width):
         raise ValueError(f"{name} must be [{batch}, {width}], got {list(labels.shape)}")
     return labels

@@ -41,7 +41,13 @@ class Embedding(nn.Module):
 
     def angle(self, label: Tensor) -> Tensor:
         """[B] -> [B, channels/2]."""
-        return torch.outer(label.float(), self.frequencies.float())
+        return torch.outer(*self._exact(label))
+
+    def _exact(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Label and frequencies in float64 where both are, otherwise in float32."""
+        if label.dtype == self.frequencies.dtype == torch.float64:
+            return label, self.frequencies
+        return label.float(), self.frequencies.float()
 
     def forward(self, label: Tensor) -> Tensor:
         angle = self.angle(label)
@@ -102,7 +108,7 @@ class TurnsEmbedding(Embedding):
         self.register_buffer("frequencies", torch.randn(self.pairs) * scale)
 
     def angle(self, label: Tensor) -> Tensor:
-        label, turns = label.float(), self.frequencies.float()
+        label, turns = self._exact(label)
         if self.angular:
             return torch.outer(label, 2 * math.pi * turns)
         return torch.outer(label, turns) * (2 * math.pi)

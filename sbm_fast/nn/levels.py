@@ -275,14 +275,18 @@ class LevelNetwork(Network):
         return 2 ** (len(self.config["channel_mult"]) - 1)
 
     @classmethod
-    def demands(cls, config: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-        widest = config["channels"] * max(config["channel_mult"], default=0)
+    def demands(cls, config: Mapping[str, Any]) -> tuple[int, int, dict[str, int]]:
+        channels, levels, blocks = (
+            config[name] for name in ("channels", "channel_mult", "num_blocks")
+        )
+        widths = [channels * level for level in levels]
+        widest, finest = (max(widths), widths[0]) if widths else (0, 0)
         sizes = {
             f"convolutions of {widest} channels": 9 * widest**2,
-            f"in_channels {config['in_channels']}": 9 * config["in_channels"],
-            f"out_channels {config['out_channels']}": 9 * config["out_channels"],
+            f"in_channels {config['in_channels']}": 9 * config["in_channels"] * channels,
+            f"out_channels {config['out_channels']}": 9 * config["out_channels"] * finest,
         }
-        return len(config["channel_mult"]) * config["num_blocks"], sizes
+        return len(widths) * blocks, blocks * sum(9 * width**2 for width in widths), sizes
 
     def body(self, x: Tensor, vs: Sequence[Tensor | None], scale: Tensor | None) -> Tensor:
         """F of the image; see `Network.body`."""

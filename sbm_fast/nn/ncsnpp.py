@@ -251,7 +251,7 @@ class NCSNpp(ScoreSDENetwork):
 
     def time_part(self, label: Tensor) -> Tensor:
         if self.config["embedding"] == "fourier":
-            return self.embed(torch.log(label.float()))
+            return self.embed(torch.log(label.to(_wide(label))))
         return super().time_part(label)
 
     def output_scale(self, label: Tensor) -> Tensor | None:

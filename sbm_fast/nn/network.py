@@ -82,7 +82,9 @@ class Network(nn.Module):
         )
         self.sigma_data = options.real("sigma_data", sigma_data)
         if null_cond is not None and not isinstance(null_cond, Mapping):
-            raise TypeError(f"null_cond must be a dict of keyword arguments, got {null_cond!r}")
+            raise TypeError(
+                f"null_cond must be a dict of keyword arguments, got {options.shown(null_cond)}"
+            )
         self.null_cond = null_cond
         self.variance = options.choice("variance", variance, VARIANCES)
         self.metadata: dict[str, Any] = {}
@@ -112,8 +114,9 @@ class Network(nn.Module):
 
     @classmethod
     @abstractmethod
-    def demands(cls, config: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-        """Least number of tensors, and of elements that some tensor has, by what asks for it.
+    def demands(cls, config: Mapping[str, Any]) -> tuple[int, int, dict[str, int]]:
+        """Least number of tensors, of elements in all of them, and of elements that some tensor
+        has, by what asks for it.
 
         Cheap to know before anything is allocated; ``config`` is unchecked but for `SIZES`.
         """
@@ -130,7 +133,7 @@ class Network(nn.Module):
             raise ValueError(f"label must be [{x.shape[0]}] as the batch, got {list(label.shape)}")
         projections = self.projections()
         if not projections:
-            return self.body(x, [None] * len(self.blocks), self.output_scale(label))
+            return self._timeless(x, self.output_scale(label), cond)
         emb = self.embedding(self.time_part(label), **cond)
         vs = [project(emb) for project in projections]
         return self.body(x, vs, self.output_scale(label))
@@ -219,6 +222,13 @@ class Network(nn.Module):
 
         return build(name, **overrides)
 
+    def _timeless(self, x: Tensor, scale: Tensor | None, cond: Mapping[str, Any]) -> Tensor:
+        """F of a network whose blocks get no embedding, and so no conditioning either."""
+        if cond:
+            name = type(self).__name__
+            raise TypeError(f"{name} without time takes no conditioning, got {', '.join(cond)}")
+        return self.body(x, [None] * len(self.blocks), scale)
+
     def _check(self, x: Tensor) -> None:
         channels, factor = self.config["in_channels"], self.factor
         if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
@@ -235,10 +245,12 @@ CHUNK = 64
 def prepare(net: object, labels: Tensor) -> Prepared | None:
     """``net.prepare(labels)`` where that says all that a call of ``net`` does.
 
-    None for anything but a `Network` with the `forward` of this module, without hooks, and with the
-    projections that it was built with.
+    None for anything but a `Network` with the `forward` of this module, without hooks, not compiled
+    in place, and with the projections that it was built with.
     """
     if not isinstance(net, Network) or type(net).forward is not Network.forward:
+        return None
+    if net._compiled_call_impl is not None:  # ``net.compile()``
         return None
     for module in (net, *net.projections()):
         if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
@@ -317,9 +329,9 @@ class Prepared:
         held, scale = self._held, None
         if "scale" in held:
             scale = held["scale"].index_select(0, row)
-        if "v" not in held:
-            return self.net.body(x, [None] * len(self.net.blocks), scale)
         cond = {name: value for name, value in cond.items() if value is not None}
+        if "v" not in held:
+            return self.net._timeless(x, scale, cond)
         if cond:
             emb = self.net.embedding(held["part"].index_select(0, row), **cond)
             v = nn.functional.linear(emb, held["weight"], held["bias"])

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
+
+
+class _Short(reprlib.Repr):
+    """Of bounded length and time: a file of few bytes can nest a tuple so that its repr takes
+    forever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+        self.maxstring = self.maxlong = 100
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        return repr(x) if isinstance(x, (bool, float, type(None))) else f"<{type(x).__name__}>"
+
+
+shown = _Short().repr
+"""What an error says of a value that may be anything."""
 
 
 def positive(name: str, value: Any) -> int:
     """``value`` if it is an int >= 1."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {shown(value)}")
     if value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
     return value
@@ -23,45 +41,49 @@ def count(name: str, value: Any) -> int:
 def positives(name: str, values: Any) -> tuple[int, ...]:
     """``values`` as a tuple, if it is a non-empty list or tuple of ints >= 1."""
     if not isinstance(values, (list, tuple)) or not values:
-        raise TypeError(f"{name} must be a non-empty list or tuple of ints, got {values!r}")
+        raise TypeError(f"{name} must be a non-empty list or tuple of ints, got {shown(values)}")
     return tuple(positive(name, value) for value in values)
 
 
 def resolutions(values: Any) -> tuple[int, ...]:
     """Image sizes whose level has attention; they need not be sizes of a level."""
     if not isinstance(values, (list, tuple)):
-        raise TypeError(f"attention_resolutions must be a list or tuple of ints, got {values!r}")
+        raise TypeError(
+            f"attention_resolutions must be a list or tuple of ints, got {shown(values)}"
+        )
     return tuple(positive("attention_resolutions", value) for value in values)
 
 
 def levels(values: Any, number: int) -> tuple[int, ...]:
     """``values`` sorted, if it is a list or tuple of levels below ``number``."""
     if not isinstance(values, (list, tuple)):
-        raise TypeError(f"attention_levels must be a list or tuple of ints, got {values!r}")
+        raise TypeError(f"attention_levels must be a list or tuple of ints, got {shown(values)}")
     for level in values:
         if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level < number:
-            raise ValueError(f"attention_levels must lie in 0..{number - 1}, got {level!r}")
+            raise ValueError(f"attention_levels must lie in 0..{number - 1}, got {shown(level)}")
     return tuple(sorted(set(values)))
 
 
 def flag(name: str, value: Any) -> bool:
     """``value`` if it is a bool."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__} {shown(value)}")
     return value
 
 
 def choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     """``value`` if it is one of ``choices``."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(str, choices))}, got {shown(value)}"
+        )
     return value
 
 
 def real(name: str, value: Any) -> float:
     """``value`` as a float, if it is a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {shown(value)}")
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return float(value)
@@ -88,11 +110,11 @@ def fir(values: Any) -> tuple[float, ...]:
     """The taps of a resampling filter: 2 to 64 numbers whose sum is not 0."""
     if not isinstance(values, (list, tuple)) or not 2 <= len(values) <= 64:
         raise TypeError(
-            f"fir_kernel must be a list or tuple of 2 to 64 numbers, got {values!r:.200}"
+            f"fir_kernel must be a list or tuple of 2 to 64 numbers, got {shown(values)}"
         )
     for tap in values:
         if isinstance(tap, bool) or not isinstance(tap, (int, float)):
-            raise TypeError(f"fir_kernel must hold numbers, got {tap!r}")
+            raise TypeError(f"fir_kernel must hold numbers, got {shown(tap)}")
     if not 0 < abs(sum(values)) < float("inf"):
-        raise ValueError(f"fir_kernel must have a sum other than 0, got {values!r}")
+        raise ValueError(f"fir_kernel must have a sum other than 0, got {shown(values)}")
     return tuple(values)

@@ -129,10 +129,15 @@ class SongUNet(ConditionalNetwork):
         )
 
     @classmethod
-    def demands(cls, config: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-        blocks, sizes = super().demands(config)
-        width = config["channels"] * config["channel_mult_noise"]
-        return blocks, sizes | {f"{width} features of the label": width}
+    def demands(cls, config: Mapping[str, Any]) -> tuple[int, int, dict[str, int]]:
+        blocks, elements, sizes = super().demands(config)
+        width = cls._label_width(config)
+        features = width * config["channels"] * config["channel_mult_emb"]
+        return blocks, elements, sizes | {f"{width} features of the label": features}
+
+    @classmethod
+    def _label_width(cls, config: Mapping[str, Any]) -> int:
+        return int(config["channels"] * config["channel_mult_noise"])
 
     def time_part(self, label: Tensor) -> Tensor:
         return self.map_noise(label).to(self.map_layer0.weight.dtype)

@@ -184,16 +184,19 @@ class UNet(Network):
         return 2 ** (len(self.config["channel_mult"]) - 1)
 
     @classmethod
-    def demands(cls, config: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-        c, levels = config, config["channel_mult"]
-        widest = c["channels"] * max(levels, default=0)
+    def demands(cls, config: Mapping[str, Any]) -> tuple[int, int, dict[str, int]]:
+        c, emb = config, config["embedding_width"]
+        widths = [c["channels"] * level for level in c["channel_mult"]]
+        widest, finest, deepest = (max(widths), widths[0], widths[-1]) if widths else (0, 0, 0)
         sizes = {
             f"convolutions of {widest} channels": 9 * widest**2,
-            f"in_channels {c['in_channels']}": 9 * c["in_channels"],
-            f"out_channels {c['out_channels']}": 9 * c["out_channels"],
-            f"embedding_width {c['embedding_width']}": c["embedding_width"] ** 2,
+            f"in_channels {c['in_channels']}": 9 * c["in_channels"] * finest,
+            f"out_channels {c['out_channels']}": 9 * c["out_channels"] * finest,
+            f"embedding_width {emb}": emb**2,
         }
-        return len(levels) * c["blocks_per_level"] + c["middle_blocks"], sizes
+        elements = c["blocks_per_level"] * sum(width * (9 * width + emb) for width in widths)
+        elements += c["middle_blocks"] * deepest * (9 * deepest + emb)
+        return len(widths) * c["blocks_per_level"] + c["middle_blocks"], elements, sizes
 
 
 _SCALES = {"positional": 10_000.0, "fourier": 1.0}

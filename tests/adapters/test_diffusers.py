@@ -241,6 +241,13 @@ def test_other_networks_of_diffusers_are_wrapped_live() -> None:
     assert torch.equal(model(x, label, encoder_hidden_states=text), theirs)
 
 
+def test_networks_of_signals_tell_no_shape() -> None:
+    net = diffusers.UNet1DModel(sample_size=32, block_out_channels=(32, 32), layers_per_block=1,
+                                down_block_types=("DownBlock1D", "DownBlock1D"),
+                                up_block_types=("UpBlock1D", "UpBlock1D"))  # fmt: skip
+    assert wrap(net, diffusers.DDPMScheduler(**CHAIN)).sample_shape is None
+
+
 def test_derived_schedulers_are_known() -> None:
     class Own(diffusers.DDPMScheduler):
         pass
@@ -303,6 +310,8 @@ def test_wrong_files(folder: Path) -> None:
     refused("config.json.*a tensor of 9000000000000 elements")
     edit(config, layers_per_block=10**9)
     refused("config.json.*layers_per_block")
+    edit(config, layers_per_block=40)
+    refused("config.json.*weights or more")
     edit(config, layers_per_block=10**5)
     refused("config.json.*200000 blocks")
     edit(config, in_channels=2, out_channels=2)

@@ -168,8 +168,29 @@ def test_wrong_files(snapshots: Path, tmp_path: Path) -> None:
     at = whole.index(b"model_channels")
     wide = whole[:at] + altered(whole[at : at + 40], b"K\x10", b"K\x20") + whole[at + 40 :]
     refused(wide, "network is not usable")
+    steps = {"beta_min": 0.1, "beta_d": 19.9, "M": "many"}
+    with pytest.raises(ValueError, match="M: expected a number of steps, at least 2, got a str"):
+        edm._vp(steps)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         edm.load(tmp_path / "nothing.pkl")
+
+
+@pytest.mark.parametrize("argument", ["channel_mult", "dropout", "resample_filter", "encoder_type"])
+def test_nested_arguments_are_named_soon(monkeypatch: pytest.MonkeyPatch, argument: str) -> None:
+    """A few bytes of pickle can nest a tuple whose repr has 2^60 brackets."""
+    nested: Any = ()
+    for _ in range(60):
+        nested = (nested, nested)
+    state = {"_parameters": {}, "_buffers": {}, "_modules": {}}
+    inner = Record("SongUNet", state | {"_init_args": (8, 3, 3), "_init_kwargs": {}})
+    inner.state["_init_kwargs"] = {argument: nested if argument != "resample_filter" else (nested,)}
+    outer = Record("EDMPrecond", state | dict(sigma_min=0, sigma_max=1.0, sigma_data=0.5))
+    outer.state["_modules"] = {"model": inner}
+    monkeypatch.setattr(edm, "read_pickle", lambda _: {"ema": outer})
+    monkeypatch.setattr("sbm_fast.nn.checkpoint.bound", lambda *_: None)
+    with pytest.raises(ValueError, match=r"snapshot\.pkl.* got ") as caught:
+        edm.load("snapshot.pkl")
+    assert len(str(caught.value)) < 500
 
 
 def test_modules_that_hold_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from network_cases import CASES, tensor
 
-from sbm_fast.nn import NCSNpp, Network, SongUNet, UNet, read_metadata
+from sbm_fast.nn import NCSNpp, Network, SongUNet, UNet, checkpoint, read_metadata
 from sbm_fast.nn.peer_weights import PeerTensor, from_peer
 
 every_case = pytest.mark.parametrize("name", CASES)
@@ -78,6 +78,10 @@ def test_another_class_is_refused(tmp_path: Path) -> None:
         ("ncsnpp", {"channel_mult": [1] * 10**5}, "blocks"),
         ("ncsnpp", {"channel_mult": [1, 10**9]}, "largest tensor"),
         ("ncsnpp", {"in_channels": 10**9}, "largest tensor"),
+        ("ncsnpp", {"num_blocks": 40}, "weights or more"),
+        ("song_ddpmpp", {"num_blocks": 40}, "weights or more"),
+        ("adm", {"num_blocks": 40}, "weights or more"),
+        ("adm", {"label_dim": 10**4}, "largest tensor"),
         ("ncsnpp", {"fir_kernel": [1.0] * 10**5}, "fir_kernel"),
         ("ncsnpp", {"progressive_input": "none"}, "not part of it"),
         ("ncsnpp", {"nonlinearity": "elu"}, "nonlinearity"),
@@ -100,6 +104,25 @@ def test_a_header_that_asks_for_too_much(
     safetensors.torch.save_file(weights, path, {"sbm_fast": json.dumps(header)})
     with pytest.raises(ValueError, match=rf"net\.safetensors.*{problem}"):
         Network.load(path)
+
+
+def test_many_empty_tensors_do_not_pay_for_large_ones(tmp_path: Path) -> None:
+    """A file of kilobytes would ask for gigabytes."""
+    path = tmp_path / "net.safetensors"
+    UNet(1, channels=16, channel_mult=(1,)).save(path)
+    header = read_metadata(path)
+    header["config"]["blocks_per_level"] = 300
+    weights = safetensors.torch.load_file(path) | {f"{i}": torch.zeros(0) for i in range(400)}
+    safetensors.torch.save_file(weights, path, {"sbm_fast": json.dumps(header)})
+    with pytest.raises(ValueError, match=r"net\.safetensors.*weights or more"):
+        Network.load(path)
+
+
+def test_one_memory_counts_once() -> None:
+    config = {**UNet(1, channels=16, channel_mult=(1,)).config, "blocks_per_level": 300}
+    one = torch.zeros(9 * 16**2 * 4)
+    with pytest.raises(ValueError, match="weights or more, but the file holds 9216 numbers"):
+        checkpoint.bound(UNet, config, {f"{i}": one for i in range(400)})
 
 
 @every_case

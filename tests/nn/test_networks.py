@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,36 @@ def test_class_labels_as_numbers_vectors_or_none() -> None:
         assert not torch.equal(net(x, labels), net(x, labels, class_labels=numbers))
 
 
+def test_networks_with_classes_know_what_stands_for_none() -> None:
+    for cls in (SongUNet, ADM):
+        small: dict[str, Any] = {"channels": 64, "channel_mult": (1,), "num_blocks": 1}
+        assert cls(**small).null_cond is None
+        assert cls(label_dim=3, **small).null_cond == {"class_labels": None}
+        own = {"class_labels": 2}
+        assert cls(label_dim=3, null_cond=own, **small).null_cond == own
+
+
+def test_time_in_float64() -> None:
+    """Labels that float32 can't tell apart, in every embedding."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"image_size": 8, "channels": 8, "channel_mult": (1,)}
+    options |= {"num_blocks": 1, "attention_resolutions": ()}
+    nets = (NCSNpp(**options), NCSNpp(embedding="fourier", **options))
+    for net in (*nets, SongUNet(embedding="fourier", **options)):
+        label = torch.tensor([0.5], dtype=torch.float64)
+        a, b = (net.double().time_part(label + d) for d in (0.0, 1e-9))
+        assert 0 < (a - b).abs().max() < 1e-6
+        assert a.dtype == torch.float64
+
+
+@every_case
+def test_pickles_give_the_same(name: str) -> None:
+    case = CASES[name]
+    net, x, labels = case.network(), case.image(), torch.tensor(case.labels)
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(pickle.dumps(net))(x, labels), net(x, labels))
+
+
 def test_label_dropout_in_training_only() -> None:
     config = {**CASES["song_ddpmpp"].config, "label_dropout": 0.5, "dropout": 0.0}
     case = CASES["song_ddpmpp"]
@@ -246,6 +277,10 @@ def test_a_wrong_argument_is_named(
         ({"class_labels": torch.zeros(2, 4)}, ValueError, r"class_labels must be \[2, 5\]"),
         ({"class_labels": torch.zeros(3).long()}, ValueError, r"class_labels must be \[2, 5\]"),
         ({"augment_labels": torch.zeros(2, 5)}, ValueError, r"augment_labels must be \[2, 9\]"),
+        ({"class_labels": torch.tensor([0, 5])}, ValueError, r"class_labels must lie in 0\.\.4"),
+        ({"class_labels": torch.tensor([-1, 0])}, ValueError, r"class_labels must lie in 0\.\.4"),
+        ({"class_labels": [0, 1]}, TypeError, "class_labels must be a tensor, got list"),
+        ({"augment_labels": 1}, TypeError, "augment_labels must be a tensor, got int"),
         ({"text": torch.zeros(2)}, TypeError, "text"),
     ],
 )
@@ -266,6 +301,11 @@ def test_conditioning_that_a_network_was_not_built_for() -> None:
         net(x, labels, augment_labels=torch.zeros(2, 9))
     with pytest.raises(TypeError, match="takes no conditioning, got class_labels"):
         CASES["ddpmpp"].network()(x, labels, class_labels=torch.zeros(2).long())
+    timeless = NCSNpp(**SMALL, conditional=False)
+    with pytest.raises(TypeError, match="takes no conditioning, got class_labels"):
+        timeless(torch.zeros(2, 3, 8, 8), labels, class_labels=torch.zeros(2).long())
+    with pytest.raises(TypeError, match="takes no conditioning, got text"):
+        timeless.prepare(labels)(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), text=labels)
 
 
 def test_labels_of_a_ladder_count_from_either_end() -> None:
