@@ -1,5 +1,6 @@
 """Networks that know what they predict, the time they take and the SDE they were trained under."""
 
+from sbm_fast.nn import functional, presets
 from sbm_fast.nn.adm import ADM
 from sbm_fast.nn.checkpoint import read_metadata
 from sbm_fast.nn.ncsnpp import DDPM, NCSNpp
@@ -17,5 +18,7 @@ __all__ = [
     "Prepared",
     "SongUNet",
     "UNet",
+    "functional",
+    "presets",
     "read_metadata",
 ]

@@ -217,6 +217,7 @@ class Network(nn.Module):
 
         Raises:
             ValueError: there is no such preset; the message names the nearest ones.
+            TypeError: an override is no argument of the constructor.
         """
         from sbm_fast.nn.presets import build
 
@@ -312,7 +313,10 @@ class Prepared:
             nn.functional.linear(net.embedding(part), made["weight"], made["bias"])
             for part in parts
         ]
-        return made | {"part": torch.cat(parts), "v": torch.cat(of_blocks)}
+        made |= {"part": torch.cat(parts), "v": torch.cat(of_blocks)}
+        for name in ("part", "v"):  # a row that was filled up is none to ask for
+            made[name] = made[name][: self.rows]
+        return made
 
     def __call__(self, x: Tensor, row: Tensor, **cond: Any) -> Tensor:
         """F [B, out_channels, H, W] of x [B, in_channels, H, W] and row [B], int32 or int64.
@@ -320,6 +324,7 @@ class Prepared:
         Raises:
             ValueError: x or row has another shape.
             TypeError: row holds no integers; a conditioning that the network does not take.
+            IndexError: there is no such row (on a CPU; a GPU stops at it).
         """
         self.net._check(x)
         if row.shape != x.shape[:1]:
@@ -331,7 +336,8 @@ class Prepared:
             scale = held["scale"].index_select(0, row)
         cond = {name: value for name, value in cond.items() if value is not None}
         if "v" not in held:
-            return self.net._timeless(x, scale, cond)
+            # Without rows there are no samples either.
+            return self.net._timeless(x, scale, {} if self._widths else cond)
         if cond:
             emb = self.net.embedding(held["part"].index_select(0, row), **cond)
             v = nn.functional.linear(emb, held["weight"], held["bias"])

@@ -44,8 +44,8 @@ def build(name: str, **overrides: Any) -> Network:
     presets = _presets()
     found = presets.get(ALIASES.get(name, name))
     if found is None:
-        near = difflib.get_close_matches(str(name), names(), n=3, cutoff=0.3)
-        raise ValueError(f"there is no preset {name!r}; the nearest are {', '.join(near)}")
+        near = difflib.get_close_matches(str(name).lower(), names(), n=3, cutoff=0.0)
+        raise ValueError(f"there is no preset {name!r:.200}; the nearest are {', '.join(near)}")
     cls, arguments = found
     net = cls(**{**arguments, **overrides})
     size, channels = net.config["image_size"], net.config["in_channels"]

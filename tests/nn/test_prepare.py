@@ -94,6 +94,16 @@ def test_labels_that_join_before_a_nonlinearity_end_the_table() -> None:
     assert products(song.network().prepare(plan_of(song)), song, **cond) == 4
 
 
+def test_rows_beyond_the_plan_are_refused() -> None:
+    case = CASES["song_ddpmpp"]
+    net, x = case.network(), case.image()
+    prepared = net.prepare(torch.tensor(case.labels))
+    row = torch.tensor([0, len(case.labels)])
+    for cond in ({}, {"class_labels": torch.tensor([0, 1])}):
+        with pytest.raises(IndexError):
+            prepared(x, row, **cond)
+
+
 def test_none_is_no_conditioning() -> None:
     case = CASES["adm"]
     prepared = case.network().prepare(plan_of(case))
@@ -107,6 +117,9 @@ def test_a_plan_without_labels_and_an_empty_batch() -> None:
     net = case.network()
     empty = net.prepare(torch.zeros(0))
     assert empty(case.image()[:0], torch.zeros(0).long()).shape == (0, 3, 16, 16)
+    case = CASES["song_ddpmpp"]
+    empty, none = case.network().prepare(torch.zeros(0)), torch.zeros(0).long()
+    assert empty(case.image()[:0], none, class_labels=none).shape[0] == 0
 
 
 def test_gradients_with_respect_to_the_image() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import sbm_fast
 from sbm_fast.model import as_score_model
 from sbm_fast.nn import ADM, DDPM, NCSNpp, Network, UNet, presets
 from sbm_fast.sde import EDMSDE, VESDE, VPSDE, DDPMSchedule, NCSNLadder, SubVPSDE
@@ -67,6 +68,9 @@ def test_what_it_was_trained_as(
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no preset 'ddpmp_cifar10'.*ddpmpp_cifar10"):
         UNet.from_preset("ddpmp_cifar10")
+    with pytest.raises(ValueError, match=r"no preset 'EDM_CIFAR10_COND_VP'.* edm_cifar10_cond_vp"):
+        UNet.from_preset("EDM_CIFAR10_COND_VP")
+    assert "edm_cifar10_cond_vp" in sbm_fast.nn.presets.names()
 
 
 def test_overrides() -> None:
