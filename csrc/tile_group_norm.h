@@ -349,17 +349,19 @@ void finish_norm(const GroupNormArgs<S>& a, int64_t sample, const Pieces& pieces
   for (S* row : {room.row(R::kMean), factor, beta}) repeat_row(room, row, n);
 }
 
-template <bool kLast, bool kSilu, class S>
+template <bool kLast, bool kSilu, bool kAdd, class S>
 void normalise_rows(const Piece& p, const S* h, const GroupNormRoom<S>& room, S* out) {
   using R = GroupNormRoom<S>;
   for_rows<kLast>(p, room.row_length, [&](int64_t at, int64_t length, int64_t channel) {
     const Along<kLast, S> mean(room.row(R::kMean), channel), factor(room.row(R::kFactor), channel);
     const Along<kLast, S> offset(room.row(R::kOffset), channel);
+    const Along<kLast, S> add(room.row(R::kAdd), channel);
     const S* const from = h + at;
     S* const to = out + at;
     SBM_IVDEP
     for (int64_t i = 0; i < length; ++i) {
-      const S n = fused(from[i] - mean[i], factor[i], offset[i]);
+      const S v = kAdd ? from[i] + add[i] : from[i];
+      const S n = fused(v - mean[i], factor[i], offset[i]);
       to[i] = kSilu ? silu(n) : n;
     }
   });
@@ -368,12 +370,19 @@ void normalise_rows(const Piece& p, const S* h, const GroupNormRoom<S>& room, S*
 template <class S>
 void apply_norm(const GroupNormArgs<S>& a, int64_t sample, const Piece& p,
                 const GroupNormRoom<S>& room) {
+  const bool kept = lies_in_place<S>(a.total);
+  const bool adds = !kept && a.add.given() && !a.residual.given() && a.gain == S(1);
   S* const buffer = room.own_piece(0);
-  const S* const h =
-      lies_in_place<S>(a.total) ? place<S>(a.total, sample, p) : sum_of(a, sample, p, room, buffer);
+  const S* const h = kept   ? place<S>(a.total, sample, p)
+                     : adds ? read_piece(a.x, sample, p, buffer)
+                            : sum_of(a, sample, p, room, buffer);
   S* const out = lies_in_place<S>(a.out) ? place<S>(a.out, sample, p) : room.own_piece(1);
   with_flag(a.channels_last, [&](auto last) {
-    with_flag(a.silu, [&](auto silu) { normalise_rows<last.value, silu.value>(p, h, room, out); });
+    with_flag(a.silu, [&](auto silu) {
+      with_flag(adds, [&](auto add) {
+        normalise_rows<last.value, silu.value, add.value>(p, h, room, out);
+      });
+    });
   });
   write_piece(a.out, sample, p, out);
 }

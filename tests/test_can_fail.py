@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import flow_cases
 import noise_cases
+import norm_cases
 import numpy as np
 import op_cases as cases
 import pytest
@@ -228,6 +229,44 @@ def test_a_sum_and_a_maximum_of_the_error(monkeypatch: pytest.MonkeyPatch) -> No
     assert flow_cases.hides_nan((6, 5), torch.float32, "eager") == ""
     monkeypatch.setattr(torch, "maximum", torch.fmax)
     assert flow_cases.hides_nan((6, 5), torch.float32, "eager") != ""
+
+
+@pytest.mark.parametrize("change", ["eps", "gain", "x", *norm_cases.ROWS, "residual", "silu"])
+def test_a_group_norm(change: str) -> None:
+    """1e-4 relative in one argument."""
+    case = norm_cases.norm(
+        (3, 6, 5, 4), 3, rows=" ".join(norm_cases.ROWS), residual=True, gain=0.7, eps=0.1
+    )
+    value = getattr(case, change)
+    if isinstance(value, Tensor):
+        value = value.clone()
+        value.view(-1)[1] += 1e-3
+    else:
+        value = not value if change == "silu" else value * (1 + 1e-4)
+    for backend in FAST:
+        assert norm_cases.violation(case, norm_cases.output(case, backend)) == ""
+        mutated = norm_cases.output(replace(case, **{change: value}), backend)
+        assert norm_cases.violation(case, mutated) != "", backend
+
+
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize("mutated", ["x", "given", "weight"])
+def test_a_product_of_a_group_norm(mutated: str, forward: bool) -> None:
+    p = norm_cases.product((3, 6, 5, 4), 3, forward=forward, rows="weight bias scale shift")
+    for backend in FAST:
+        got = norm_cases.multiplied(p, backend)
+        assert norm_cases.product_violation(p, got) == ""
+        other = p
+        if mutated == "x":
+            shifted = p.case.x.clone()
+            shifted[0, 0, 0, 0] += 1e-3
+            other = replace(p, case=replace(p.case, x=shifted))
+        elif mutated == "given":
+            other = replace(p, given=p.given * (1 + 1e-4))
+        else:
+            assert p.case.weight is not None
+            other = replace(p, case=replace(p.case, weight=p.case.weight * (1 + 1e-4)))
+        assert norm_cases.product_violation(p, norm_cases.multiplied(other, backend)) != ""
 
 
 def moments_differ(plan: Plan, reference: Plan) -> bool:

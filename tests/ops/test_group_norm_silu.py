@@ -93,6 +93,23 @@ def test_means_far_from_zero(mean: float, last: bool, backend: str) -> None:
 
 
 @each
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+def test_the_sum_that_nobody_wants(
+    shape: tuple[int, ...], groups: int, last: bool, backend: str
+) -> None:
+    """Without a total it is made again in the second pass, or never stands in memory."""
+    for options in (OPTIONS[3], OPTIONS[4], {"rows": "add", "dtype": BF16}):
+        case = cases.norm(shape, groups, last=last, **options)
+        assert cases.violation(case, cases.output(case, backend, keep=False)) == "", options
+    for of_x, of_add in ((1e4, 0.0), (0.0, 1e4), (1e4, -1e4)):
+        case = cases.norm(shape, groups, last=last, rows="weight add", mean=of_x)
+        assert case.add is not None
+        case.add += of_add
+        assert cases.violation(case, cases.output(case, backend, keep=False)) == "", of_add
+
+
+@each
 def test_one_pixel_unlike_the_others(backend: str) -> None:
     """What a shift by the first values would not survive."""
     for last in (False, True):
@@ -205,7 +222,7 @@ print(_load.host.cpu_level())
 for last in (False, True):
     for shape, groups in (((2, 6, 3, 5), 3), ((2, 40, 13, 9), 4)):
         case = cases.norm(shape, groups, last=last, rows="weight bias scale shift add")
-        got = cases.output(case, "cpu")
+        got = cases.output(case, "cpu") | {"alone": cases.output(case, "cpu", keep=False)["out"]}
         for forward in (False, True):
             p = cases.product(shape, groups, last=last, forward=forward)
             got |= {f"{k}{forward}": v for k, v in cases.multiplied(p, "cpu").items()}
