@@ -46,6 +46,8 @@ def fill(network: Network, tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor")
+        if not value.is_floating_point():
+            raise ValueError(f"{name!r} should be floating, is {value.dtype}")
     known = {peer.name for peer in network.peer_tensors()}
     if surplus := tensors.keys() - known:
         raise ValueError(f"tensor {min(surplus)!r} is not part of it ({len(surplus)} in all)")

@@ -73,11 +73,21 @@ class PositionalEmbedding(Embedding):
         order: str = "cos_sin",
     ) -> None:
         super().__init__(channels, order)
-        last = self.pairs - 1 if endpoint else self.pairs
-        exponent = torch.arange(self.pairs, dtype=torch.float64) / last
-        frequencies = torch.exp(-math.log(max_period) * exponent).float()
+        self.max_period = max_period
+        self.last = self.pairs - 1 if endpoint else self.pairs
         # Rebuilt from the configuration on load, hence not part of the weights.
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("frequencies", self._spread(), persistent=False)
+
+    def _spread(self) -> Tensor:
+        exponent = torch.arange(self.pairs, dtype=torch.float64) / self.last
+        return torch.exp(-math.log(self.max_period) * exponent).float()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        waited = self.frequencies.is_meta
+        super()._apply(fn, recurse)
+        if waited and not self.frequencies.is_meta:  # `to_empty`: no file brings them
+            self.frequencies = self._spread().to(self.frequencies)
+        return self
 
 
 class FourierEmbedding(Embedding):

@@ -13,7 +13,8 @@ in any memory format; channels_last is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,23 @@ class _Resampling(nn.Module):
 
     def __init__(self, kernel: Sequence[float], gain: float, *, flip: bool) -> None:
         super().__init__()
-        taps = torch.tensor([float(tap) for tap in kernel], dtype=torch.float64)
-        taps = gain * taps / taps.sum()
-        self.taps = len(taps)
-        self.box = tuple(kernel) == BOX
+        self.kernel, self.gain, self.flip = tuple(kernel), gain, flip
+        self.taps = len(self.kernel)
+        self.box = self.kernel == BOX
+        self.register_buffer("weight", self._square(), persistent=False)
+
+    def _square(self) -> Tensor:
+        taps = torch.tensor([float(tap) for tap in self.kernel], dtype=torch.float64)
+        taps = self.gain * taps / taps.sum()
         square = torch.outer(taps, taps).float()[None, None]
-        self.register_buffer("weight", square.flip(2, 3) if flip else square, persistent=False)
+        return square.flip(2, 3) if self.flip else square
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        waited = self.weight.is_meta
+        super()._apply(fn, recurse)
+        if waited and not self.weight.is_meta:  # `to_empty`: no file brings it
+            self.weight = self._square().to(self.weight)
+        return self
 
     def extra_repr(self) -> str:
         return f"taps={self.taps}"

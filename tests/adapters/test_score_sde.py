@@ -169,6 +169,7 @@ def test_wrong_files(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.Monk
         ({"ema": {}}, "averaged parameters, got none"),
         ({"ema": {"shadow_params": average[::-1]}}, "does not fit"),
         ({"ema": {"shadow_params": ["a"] * len(average)}}, "does not fit"),
+        ({"ema": {"shadow_params": [w.cfloat() for w in average]}}, "floating, is torch.complex64"),
         ({"model": {"a": 3}}, "does not fit"),
         ({"model": state["model"] | {"b": torch.zeros(1)}}, "'b' is not part of it"),
     ):

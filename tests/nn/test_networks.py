@@ -185,6 +185,18 @@ def test_time_in_float64() -> None:
 
 
 @every_case
+def test_networks_made_on_the_meta_device(name: str) -> None:
+    """What is no part of the weights is there again after `to_empty`."""
+    case = CASES[name]
+    net, x, labels = case.network(), case.image(), torch.tensor(case.labels)
+    with torch.device("meta"):
+        late = type(net)(**net.config, predicts=net.predicts, time=net.time)
+    late.to_empty(device="cpu").load_state_dict(net.state_dict())
+    with torch.no_grad():
+        assert torch.equal(late.eval()(x, labels), net.eval()(x, labels))
+
+
+@every_case
 def test_pickles_give_the_same(name: str) -> None:
     case = CASES[name]
     net, x, labels = case.network(), case.image(), torch.tensor(case.labels)
