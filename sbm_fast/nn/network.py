@@ -58,7 +58,7 @@ class Network(nn.Module):
     SIZES: ClassVar[tuple[str, ...]]
     """Entries of ``config`` that say how large the network is: ints, or lists of ints."""
     config: dict[str, Any]
-    blocks: tuple[ResidualBlock, ...]
+    _found: tuple[int, tuple[ResidualBlock, ...]] = 0, ()
 
     def __init__(
         self,
@@ -138,6 +138,18 @@ class Network(nn.Module):
         vs = [project(emb) for project in projections]
         return self.body(x, vs, self.output_scale(label))
 
+    @property
+    def blocks(self) -> tuple[ResidualBlock, ...]:
+        """The residual blocks in the order in which they run."""
+        # Looked for once. DataParallel's replicas copy what was found, but have their own blocks.
+        if self._found[0] != id(self):
+            self._find_blocks()
+        return self._found[1]
+
+    def _find_blocks(self) -> None:
+        blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
+        self._found = id(self), tuple(blocks)
+
     def projections(self) -> list[nn.Linear]:
         """What gives every block its v from the embedding; empty for networks without time."""
         return [block.time for block in self.blocks if block.time is not None]
@@ -154,8 +166,7 @@ class Network(nn.Module):
 
     def _finish(self) -> None:
         """For subclasses, once their modules stand."""
-        blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
-        self.blocks = tuple(blocks)
+        self._find_blocks()
         # oneDNN and cuDNN run these convolutions up to three times as fast on NHWC; the weights'
         # layout decides, so x may come in either.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

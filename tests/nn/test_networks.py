@@ -196,6 +196,27 @@ def test_networks_made_on_the_meta_device(name: str) -> None:
         assert torch.equal(late.eval()(x, labels), net.eval()(x, labels))
 
 
+def test_replicas_use_their_own_blocks() -> None:
+    """As `nn.DataParallel` makes them: copies of every module's dict, with other weights."""
+
+    def replica(module: nn.Module) -> Any:
+        made: Any = module._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        for name, child in module._modules.items():
+            made._modules[name] = None if child is None else replica(child)
+        for name, weight in module._parameters.items():
+            setattr(made, name, None if weight is None else weight.detach() * 2)
+        return made
+
+    case = CASES["ddpmpp"]
+    net, x, labels = case.network(), case.image(), torch.tensor(case.labels)
+    with torch.no_grad():
+        net(x, labels)
+        own = replica(net)(x, labels)
+        for parameter in net.parameters():
+            parameter.mul_(2)
+        assert torch.equal(own, net(x, labels))
+
+
 @every_case
 def test_pickles_give_the_same(name: str) -> None:
     case = CASES[name]
