@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import plain
 from benchmarks.checkout import ROOT
 from benchmarks.ddpmpp_eager import EagerDDPMpp
 from benchmarks.machine import busy_cores, facts, headline, require_compiled
@@ -65,16 +65,14 @@ class Normalisation(Workload):
         return given
 
     def function(self, label: str) -> Callable[[], Tensor]:
-        given = self.tensors
+        given, function = dict(self.tensors), plain.group_norm_silu
+        x, weight, bias = (given.pop(name) for name in ("x", "weight", "bias"))
         if label == OURS:
-            rest = {k: v for k, v in given.items() if k not in ("x", "weight", "bias")}
-            x, weight, bias = given["x"], given["weight"], given["bias"]
-            return lambda: group_norm_silu(x, GROUPS, weight, bias, EPS, **rest)  # type: ignore[arg-type, return-value]
-        plain = plain_film if self.film else plain_norm
-        if label in (COMPILED, AUTOTUNED):
+            function = group_norm_silu
+        elif label != EAGER:
             mode = "max-autotune" if label == AUTOTUNED else "default"
-            plain = torch.compile(plain, fullgraph=True, dynamic=False, mode=mode)
-        return lambda: plain(**given)
+            function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+        return lambda: function(x, GROUPS, weight, bias, EPS, **given)
 
     def case(self, label: str) -> Case:
         function = self.function(label)
@@ -89,23 +87,10 @@ class Normalisation(Workload):
     @torch.no_grad()
     def check(self) -> dict[str, float]:
         """Largest error against float64, relative to the largest value; 16 units of float32."""
-        plain = plain_film if self.film else plain_norm
-        exact = plain(**{name: value.double() for name, value in self.tensors.items()})
+        given = {name: value.double() for name, value in self.tensors.items()}
+        x, weight, bias = (given.pop(name) for name in ("x", "weight", "bias"))
+        exact = plain.group_norm_silu(x, GROUPS, weight, bias, EPS, **given)
         return checked(self, exact, 16 * torch.finfo(torch.float32).eps, self.function)
-
-
-def plain_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return functional.silu(functional.group_norm(x, GROUPS, weight, bias, EPS))
-
-
-def plain_film(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, add: Tensor
-) -> Tensor:
-    """As ADM writes it."""
-    h = x + add[:, :, None, None]
-    h = functional.group_norm(h, GROUPS, weight, bias, EPS)
-    h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-    return functional.silu(h)
 
 
 @dataclass(frozen=True)
@@ -129,18 +114,18 @@ class Forward(Workload):
         return torch.randn(self.shape, generator=source), label
 
     def function(self, label: str) -> Callable[[], Tensor]:
-        plain, own = self.networks
+        eager, own = self.networks
         x, time = self.inputs
         if label == OURS:
             return lambda: own(x, time)
         if label == EAGER_NHWC:
             x = x.to(memory_format=torch.channels_last)
-            plain = plain_nhwc()
+            eager = eager_nhwc()
         elif label != EAGER:
             mode = "max-autotune" if label == AUTOTUNED else "default"
-            compiled = torch.compile(plain, fullgraph=True, dynamic=False, mode=mode)
+            compiled = torch.compile(eager, fullgraph=True, dynamic=False, mode=mode)
             return lambda: compiled(x, time)
-        return lambda: plain(x, time)
+        return lambda: eager(x, time)
 
     def case(self, label: str) -> Case:
         function = self.function(label)
@@ -156,9 +141,9 @@ class Forward(Workload):
     def check(self) -> dict[str, float]:
         """Largest difference to the float32 eager network's float64 self, relative; 1e-4."""
         x, time = self.inputs
-        plain = self.networks[0]
-        exact = plain.double()(x.double(), time)
-        plain.float()
+        eager = self.networks[0]
+        exact = eager.double()(x.double(), time)
+        eager.float()
         return checked(self, exact, 1e-4, self.function)
 
 
@@ -171,17 +156,17 @@ def networks() -> tuple[EagerDDPMpp, torch.nn.Module]:
     as they are in a sampler's run."""
     if "pair" not in _made:
         torch.manual_seed(0)
-        plain, own = EagerDDPMpp().eval(), UNet.from_preset("ddpmpp_cifar10").eval()
+        eager, own = EagerDDPMpp().eval(), UNet.from_preset("ddpmpp_cifar10").eval()
         names = [peer.name for peer in own.peer_tensors()]
-        theirs = dict(zip(names, plain.parameters(), strict=True))
+        theirs = dict(zip(names, eager.parameters(), strict=True))
         own.load_state_dict(from_peer(own, theirs))
         _packs.enter_context(packed(own))
-        _made["pair"] = plain, own
+        _made["pair"] = eager, own
     pair: tuple[EagerDDPMpp, torch.nn.Module] = _made["pair"]
     return pair
 
 
-def plain_nhwc() -> EagerDDPMpp:
+def eager_nhwc() -> EagerDDPMpp:
     if "nhwc" not in _made:
         twin = EagerDDPMpp().eval()
         twin.load_state_dict(networks()[0].state_dict())

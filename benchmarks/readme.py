@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda_static, divergence, likelihood_tables, markdown, network
+from benchmarks import cuda_static, divergence, likelihood_tables, markdown, network, triton_static
 from benchmarks.checkout import ROOT
 from benchmarks.gpu import readme as gpu
 from benchmarks.report import RECORD as CPU_RECORD
@@ -23,6 +23,7 @@ def sections() -> dict[Path, dict[str, str]]:
     """By file, what stands between `<!-- name: begin -->` and `<!-- name: end -->`."""
     of_likelihoods = likelihood_tables.sections()
     of_network = {"network": network.markdown(_read(network.RECORD))}
+    of_norms = {"group norm static": triton_static.table(_read(triton_static.RECORD))}
     profile = {"network profile": network.profile_table(_read(network.RECORD))}
     in_readme = {
         "speed": markdown.table(_read(CPU_RECORD)),
@@ -32,7 +33,7 @@ def sections() -> dict[Path, dict[str, str]]:
         "cuda static": static_figures(_read(cuda_static.RECORD)),
     }
     of_likelihoods |= divergence.sections()
-    return {README: in_readme, LIKELIHOOD: of_likelihoods, NETWORK: of_network | profile}
+    return {README: in_readme, LIKELIHOOD: of_likelihoods, NETWORK: of_network | profile | of_norms}
 
 
 def static_figures(record: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import plain
+from benchmarks import plain
 from benchmarks.gpu.checks import Errors
 from benchmarks.gpu.comparison import COPY, Comparison
 from benchmarks.gpu.context import Case, Context, Entries, Shape

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.gpu.checks import Errors
 from benchmarks.gpu.comparison import Comparison
 from benchmarks.gpu.context import Case, Context, Entries, Entry
-from benchmarks.gpu.plain import half, plain, relative
 from benchmarks.gpu.timing import Timed, captured
+from benchmarks.plain import half, plain, relative
 from benchmarks.workloads import Goal
 from sbm_fast.nn.network import Network
 
