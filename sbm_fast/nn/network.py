@@ -224,7 +224,8 @@ class Network(nn.Module):
     def from_preset(name: str, **overrides: Any) -> Network:
         """A new network of a published configuration, see `sbm_fast.nn.presets`.
 
-        ``overrides`` replace arguments of its constructor.
+        ``overrides`` replace arguments of its constructor. The SDE stays that of the preset: where
+        they change its noise levels, give ``sde`` too.
 
         Raises:
             ValueError: there is no such preset; the message names the nearest ones.
