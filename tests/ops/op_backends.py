@@ -71,6 +71,15 @@ each = pytest.mark.parametrize("backend", [parameters(name) for name in BACKENDS
 each_twinless = pytest.mark.parametrize("backend", [parameters(name) for name in TWINLESS])
 
 
+needs_compiled = pytest.mark.skipif(not _load.COMPILED, reason=_load.REASON)
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason=triton_missing())
+# Of the errors that kernels of both kinds give.
+either = pytest.mark.parametrize(
+    "backend",
+    [pytest.param("cpu", marks=needs_compiled), pytest.param("triton", marks=needs_triton)],
+)
+
+
 def over(
     names: str, values: Sequence[Any], few: Sequence[Any], backends: Iterable[str] = BACKENDS
 ) -> pytest.MarkDecorator:

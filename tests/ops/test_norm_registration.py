@@ -5,11 +5,8 @@ from typing import Any
 import norm_cases
 import pytest
 import torch
+from op_backends import call, either
 
-from sbm_fast import _load
-
-needs_compiled = pytest.mark.skipif(not _load.COMPILED, reason=_load.REASON)
-OPS = torch.ops.sbm_fast
 NORM = ("out", "total", "stats", "x", "weight", "bias", "scale", "shift", "add", "residual",
         "groups", "eps", "gain", "silu")  # fmt: skip
 PRODUCT = ("out", "sums", "given", "h", "stats", "weight", "bias", "scale", "shift", "weight_dot",

@@ -10,20 +10,14 @@ import noise_cases
 import op_cases as cases
 import pytest
 import torch
-from op_backends import BACKENDS, call
+from op_backends import call, either, needs_compiled, needs_triton
 from torch import Tensor
 
 from sbm_fast import _load, noise
 from sbm_fast.ops import affine_step, error_norm, hutchinson, langevin_epsilon
 from sbm_fast.ops import noise as noise_ops
-from sbm_fast.ops._library import SCHEMAS, WITHOUT_TWIN, triton_missing
+from sbm_fast.ops._library import SCHEMAS, WITHOUT_TWIN
 
-needs_compiled = pytest.mark.skipif(not _load.COMPILED, reason=_load.REASON)
-needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason=triton_missing())
-either = pytest.mark.parametrize(
-    "backend",
-    [pytest.param("cpu", marks=needs_compiled), pytest.param("triton", marks=needs_triton)],
-)
 OPS = torch.ops.sbm_fast
 NAMES = ("x", "network", "uncond", "guidance", "registers", "keys", "row", "coef", "field")
 STEP = (*NAMES, "epsilon", "noise", "net_input", "net_time", "first_bad")
