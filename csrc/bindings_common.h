@@ -273,6 +273,10 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "group_norm_silu_(Tensor(a!) out, Tensor(b!)? total, Tensor(c!) stats, Tensor x, "
       "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? add, "
       "Tensor? residual, int groups, float eps, float gain, bool silu) -> ()");
+  m.def("winograd_input_(Tensor(a!) tiles, Tensor x, int first) -> ()");
+  m.def(
+      "winograd_output_(Tensor(a!) y, Tensor products, Tensor? bias, Tensor? plus, int first, "
+      "float gain) -> ()");
   m.def(
       "group_norm_silu_product_(Tensor(a!) out, Tensor(b!)? sums, Tensor given, Tensor h, "
       "Tensor stats, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "

@@ -1,6 +1,7 @@
 // torch.ops.sbm_fast.*: definitions and CPU kernels.
 #include "bindings_common.h"
 #include "bindings_group_norm.h"
+#include "bindings_winograd.h"
 #include "error_norm.h"
 #include "hutchinson.h"
 #include "langevin_epsilon.h"
@@ -237,6 +238,32 @@ void group_norm_silu_product_(Tensor out, MaybeTensor sums, const Tensor& given,
       silu, forward);
 }
 
+void winograd_input_(Tensor tiles, const Tensor& x, int64_t first) {
+  const Home home = Home::cpu();
+  sbm::WinogradInputArgs a;
+  a.x = nhwc<const float>(home, x, "x");
+  winograd_shape(home, a, x, tiles, first, "tiles");
+  a.tiles = static_cast<float*>(tiles.data_ptr());
+  sbm::winograd_input_cpu(a);
+}
+
+void winograd_output_(Tensor y, const Tensor& products, const MaybeTensor& bias,
+                      const MaybeTensor& plus, int64_t first, double gain) {
+  const Home home = Home::cpu();
+  sbm::WinogradOutputArgs a;
+  a.y = nhwc<float>(home, y, "y");
+  winograd_shape(home, a, y, products, first, "products");
+  a.products = static_cast<const float*>(products.data_ptr());
+  a.bias = vector<float>(home, bias, a.channels, ScalarType::Float, "bias");
+  if (plus) {
+    a.plus = nhwc<const float>(home, *plus, "plus");
+    STD_TORCH_CHECK(plus->sizes().equals(y.sizes()), "plus: expected the shape of y");
+    check_alias(view(home, *plus, 0, "plus"), view(home, y, 0, "y"), a.samples, "plus", "y");
+  }
+  a.gain = float(gain);
+  sbm::winograd_output_cpu(a);
+}
+
 template <sbm::NoiseKind kind>
 void fill_(Tensor out, const Tensor& keys, int64_t draw, int64_t stream) {
   const Home home = Home::cpu();
@@ -270,4 +297,6 @@ STABLE_TORCH_LIBRARY_IMPL(sbm_fast, CPU, m) {
   m.impl("error_norm_", TORCH_BOX(&error_norm_));
   m.impl("group_norm_silu_", TORCH_BOX(&group_norm_silu_));
   m.impl("group_norm_silu_product_", TORCH_BOX(&group_norm_silu_product_));
+  m.impl("winograd_input_", TORCH_BOX(&winograd_input_));
+  m.impl("winograd_output_", TORCH_BOX(&winograd_output_));
 }

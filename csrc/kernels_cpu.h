@@ -5,6 +5,7 @@
 #include "hutchinson.h"
 #include "langevin_epsilon.h"
 #include "noise_kind.h"
+#include "winograd.h"
 
 namespace sbm {
 
@@ -39,6 +40,7 @@ struct CpuKernels {
   GroupNormKernel<double> norm_f64;
   GroupNormProductKernel<float> norm_product_f32;
   GroupNormProductKernel<double> norm_product_f64;
+  WinogradKernel winograd;
 };
 
 const CpuKernels& portable_kernels();

@@ -11,6 +11,7 @@
 #include "tile_error_norm.h"
 #include "tile_group_norm_product.h"
 #include "tile_hutchinson.h"
+#include "tile_winograd.h"
 
 namespace sbm {
 namespace {
@@ -243,7 +244,8 @@ CpuKernels make_kernels(const char* level) {
           norm_kernel<float>(),
           norm_kernel<double>(),
           product_kernel<float>(),
-          product_kernel<double>()};
+          product_kernel<double>(),
+          winograd_kernel()};
 }
 
 }  // namespace

@@ -3,7 +3,8 @@
 oneDNN keeps the weights of a CPU convolution in an order of its own and brings them there at every
 call of `torch.nn.functional.conv2d`. At small batches that is a good part of the call. Inside
 `packed(net)` every convolution does it once. Packed weights give the same products in the same
-precision; the order of summation is oneDNN's either way.
+precision; the order of summation is oneDNN's either way. Convolutions of 3×3 go by Winograd's
+algorithm where that is faster (`sbm_fast/nn/winograd.py`), with weights that are packed for it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sbm_fast.nn import winograd
+from sbm_fast.ops.winograd import weights as winograd_weights
+
 SMALLEST = 64 * 64
 """Weights of fewer numbers are not packed: a packed call costs some 30 µs more than a plain one."""
 _IMAGE = 16, 16
@@ -27,7 +31,7 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True, eq=False)
 class _Pack:
-    """Weight and bias times `gain` as oneDNN wants them, and the state of what they came from."""
+    """Weight and bias, ready for one way to convolve, and the state of what they came from."""
 
     source: tuple[object, ...]
     weight: Tensor
@@ -40,11 +44,13 @@ class Conv2d(nn.Conv2d):
         y = gain · (conv(x) + plus)
 
     Parameters, initialisation, gradients and the result are those of torch. Where weights are
-    packed (see `packed`), `gain` is multiplied into them: another rounding, no other formula.
+    packed for oneDNN (see `packed`), `gain` is multiplied into them: another rounding, no other
+    formula.
     """
 
     _users: int = 0
-    _pack: _Pack | None = None
+    _packs: dict[int, _Pack] | None = None
+    """By the side of Winograd's tiles; 0: for oneDNN. Made where they are used."""
 
     def forward(self, x: Tensor, *, gain: float = 1.0, plus: Tensor | None = None) -> Tensor:
         """y [B, out_channels, H', W'] of x [B, in_channels, H, W]; plus like y."""
@@ -53,7 +59,11 @@ class Conv2d(nn.Conv2d):
             if plus is not None:
                 y = y + plus
             return y if gain == 1.0 else y * gain
-        pack = self._packed(gain)
+        side = self._winograd_side(x)
+        if side:
+            pack = self._packed(side, 1.0)
+            return winograd.convolved(x, pack.weight, pack.bias, plus, gain)
+        pack = self._packed(0, gain)
         y = torch.ops.mkldnn._convolution_pointwise(
             x, pack.weight, pack.bias, self.padding, self.stride, self.dilation, self.groups,
             "none", [], "",
@@ -79,31 +89,49 @@ class Conv2d(nn.Conv2d):
         )
 
     def _differentiated(self, x: Tensor) -> bool:
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+        given = x, self.weight, self.bias
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
             return True
         return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
-    def _packed(self, gain: float) -> _Pack:
+    def _winograd_side(self, x: Tensor) -> int:
+        if self.kernel_size != (3, 3) or self.padding != (1, 1):
+            return 0
+        if self.stride != (1, 1) or self.dilation != (1, 1):
+            return 0
+        return winograd.side(x, self.out_channels)
+
+    def _packed(self, side: int, gain: float) -> _Pack:
         weight, bias = self.weight, self.bias
         source: tuple[object, ...] = gain, weight.data_ptr(), weight._version
         if bias is not None:
             source += bias.data_ptr(), bias._version
-        pack = self._pack
+        packs = self._packs
+        if packs is None:
+            packs = self._packs = {}
+        pack = packs.get(side)
         if pack is None or pack.source != source:
             with torch.no_grad():
-                scaled = (weight if gain == 1.0 else weight * gain).detach().contiguous()
-                reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-                reordered = reorder(
-                    scaled.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups,
-                    [1, self.in_channels, *_IMAGE],
-                )  # fmt: skip
+                made = self._for_winograd(side) if side else self._for_onednn(gain)
                 own_bias = None if bias is None else bias.detach() * gain
-            pack = self._pack = _Pack(source, reordered, own_bias)
+            pack = packs[side] = _Pack(source, made, own_bias)
         return pack
 
+    def _for_winograd(self, side: int) -> Tensor:
+        return winograd_weights(self.weight.detach(), side)
+
+    def _for_onednn(self, gain: float) -> Tensor:
+        scaled = (self.weight if gain == 1.0 else self.weight * gain).detach().contiguous()
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        made: Tensor = reorder(
+            scaled.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups,
+            [1, self.in_channels, *_IMAGE],
+        )  # fmt: skip
+        return made
+
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the pack behind."""
-        kept = ("_users", "_pack")
+        """Copies and pickles leave the packs behind."""
+        kept = ("_users", "_packs")
         return {name: value for name, value in self.__dict__.items() if name not in kept}
 
 
@@ -112,9 +140,11 @@ def packed(net: object) -> Iterator[None]:
     """Packs the weights of the network's `Conv2d`s at their first call in the block.
 
     For CPU inference in float32: calls under autograd, forward-mode AD, autocast or torch.compile
-    go torch's way. It costs a copy of the weights for as long as the block runs, and their values
-    must not be changed through `.data` in it (any other change is noticed). Blocks may be nested,
-    and entered by several threads.
+    go torch's way. It costs a copy of the weights for as long as the block runs, of 16/9 or 4 times
+    their size where they are for Winograd's algorithm; a second one where image sizes or batches
+    change so much that another way becomes the faster one. Values of weights must not be changed
+    through `.data` in the block (any other change is noticed). Blocks may be nested, and entered by
+    several threads.
     """
     convs: list[Conv2d] = []
     if isinstance(net, nn.Module) and torch.backends.mkldnn.is_available():
@@ -129,4 +159,4 @@ def packed(net: object) -> Iterator[None]:
             for conv in convs:
                 conv._users -= 1
                 if conv._users == 0:
-                    conv._pack = None
+                    conv._packs = None

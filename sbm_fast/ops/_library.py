@@ -43,25 +43,31 @@ ON_CUDA = "cuda" if cuda_compiled() else "triton" if _HAS_TRITON else ""
 
 
 def register(
-    schema: str, reference: Callable[..., None], *, cuda_twin: bool = True
+    schema: str,
+    reference: Callable[..., None],
+    *,
+    cuda_twin: bool = True,
+    cpu_only: bool = False,
 ) -> torch._ops.OpOverload:
     """Makes `torch.ops.sbm_fast.<name>` available and returns its default overload.
 
     Compiled: the op and its CPU kernel are there already, and tests hold their schema against this
     one. Not compiled: the op is defined here and runs its eager reference on every device. Without
     CUDA kernels, CUDA tensors go to the Triton kernel, or to the reference where Triton is missing;
-    so they do always where the op has no `cuda_twin`, a CUDA kernel in csrc/. All ops write into
-    arguments and return nothing, so one fake serves them all.
+    so they do always where the op has no `cuda_twin`, a CUDA kernel in csrc/. An op is `cpu_only`
+    where the package itself calls it on CPU tensors only: CUDA tensors get the reference. All ops
+    write into arguments and return nothing, so one fake serves them all.
     """
     name = schema.split("(", 1)[0]
     SCHEMAS[name] = f"{NAMESPACE}::{schema}"
     if not _load.COMPILED:
         _library.define(schema)
         _library.impl(name, reference, "CompositeExplicitAutograd")
-    if not cuda_twin:
+    if not (cuda_twin or cpu_only):
         WITHOUT_TWIN.append(name)
-    if ON_CUDA != "cuda" or not cuda_twin:
-        _library.impl(name, _triton_op(name) if _HAS_TRITON else reference, "CUDA")
+    if cpu_only or not cuda_twin or ON_CUDA != "cuda":
+        by_triton = _HAS_TRITON and not cpu_only
+        _library.impl(name, _triton_op(name) if by_triton else reference, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

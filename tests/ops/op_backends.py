@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from sbm_fast import _load, kernels
-from sbm_fast.ops import affine_step, error_norm, group_norm_silu, hutchinson, langevin_epsilon
+from sbm_fast.ops import (
+    affine_step,
+    error_norm,
+    group_norm_silu,
+    hutchinson,
+    langevin_epsilon,
+    winograd,
+)
 from sbm_fast.ops import noise as noise_ops
 from sbm_fast.ops._library import cuda_compiled, triton_missing
 
@@ -36,6 +43,8 @@ EAGER = SimpleNamespace(
     error_norm_=error_norm.reference,
     group_norm_silu_=group_norm_silu.reference,
     group_norm_silu_product_=group_norm_silu.product_reference,
+    winograd_input_=winograd.input_reference,
+    winograd_output_=winograd.output_reference,
     keys_=noise_ops.keys_reference,
     **{f"{kind}_": reference for kind, reference in noise_ops.REFERENCES.items()},
 )

@@ -39,6 +39,7 @@ def test_every_op_is_registered() -> None:
     expected = {"normal_", "uniform_", "rademacher_", "words_", "keys_"}
     expected |= {"affine_step_", "langevin_epsilon_", "hutchinson_", "error_norm_"}
     expected |= {"group_norm_silu_", "group_norm_silu_product_"}
+    expected |= {"winograd_input_", "winograd_output_"}
     assert set(SCHEMAS) == expected
 
 
@@ -115,6 +116,15 @@ def test_opcheck_hutchinson(dtype: torch.dtype, probes: int | None) -> None:
 def test_opcheck_error_norm(dtype: torch.dtype) -> None:
     given = error_arguments(flow_cases.error((3, 2, 4), dtype=dtype))
     torch.library.opcheck(error_norm.error_norm_, tuple(given.values()))
+
+
+@pytest.mark.parametrize("side", [2, 4])
+def test_opcheck_winograd(side: int) -> None:
+    x = torch.randn(2, 5, 3, 4).to(memory_format=torch.channels_last)
+    tiles = torch.zeros((side + 2) ** 2, 2, 5)
+    torch.library.opcheck(OPS.winograd_input_, (tiles, x, 0))
+    for bias, plus in ((None, None), (torch.ones(5), torch.ones_like(x))):
+        torch.library.opcheck(OPS.winograd_output_, (x.clone(), tiles, bias, plus, 0, 0.7))
 
 
 def a_row(case: cases.Case) -> Callable[[Tensor, Tensor], Tensor]:
