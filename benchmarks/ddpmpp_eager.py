@@ -50,8 +50,9 @@ class EagerDDPMpp(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         half = WIDTH // 2
-        w = torch.exp(torch.arange(half) * (-math.log(10000) / (half - 1)))
-        angle = label.float()[:, None] * w[None, :]
+        dtype = self.first.weight.dtype
+        w = torch.exp(torch.arange(half, dtype=dtype) * (-math.log(10000) / (half - 1)))
+        angle = label.to(dtype)[:, None] * w[None, :]
         embedding = self.embedding1(torch.cat((torch.sin(angle), torch.cos(angle)), dim=1))
         embedding = self.embedding2(functional.silu(embedding))
         h = self.first(x)
