@@ -61,7 +61,7 @@ class Report:
         for name, reason in self.backends.items():
             lines.append(f"backend   {name:<7} {f'off: {reason}' if reason else 'available'}")
         if self.plain_on_cuda:
-            ops = " and ".join(sorted(WITHOUT_TWIN))
+            ops = ", ".join(sorted(WITHOUT_TWIN))
             lines.append(f"          cuda runs {ops} on plain torch: {self.plain_on_cuda}")
         return "\n".join(lines)
 

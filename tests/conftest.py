@@ -11,6 +11,9 @@ HERE = Path(__file__).parent
 HELPERS = (".", "ops", "statistics", "cuda_emulation")
 sys.path[:0] = [str(HERE / folder) for folder in HELPERS]
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n`: as many processes as cores
+    torch.set_num_threads(1)
+
 # Before anything imports Triton, which looks at it when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -60,11 +60,12 @@ def test_says_why_the_compiled_part_is_off() -> None:
 def test_says_where_plain_torch_stands_in_for_a_cuda_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two ops have no CUDA kernel: on GPUs they are Triton's."""
+    """Four ops have no CUDA kernel: on GPUs they are Triton's."""
     module = sys.modules["sbm_fast.doctor"]
     missing = "triton is not installed; to install it: pip install triton"
     for compiled, reason in ((True, missing), (True, ""), (False, missing)):
         monkeypatch.setattr(module, "cuda_compiled", lambda: compiled)  # noqa: B023
         monkeypatch.setattr(module, "triton_missing", lambda: reason)  # noqa: B023
-        line = f"cuda runs error_norm_ and hutchinson_ on plain torch: {missing}"
+        ops = "error_norm_, group_norm_silu_, group_norm_silu_product_, hutchinson_"
+        line = f"cuda runs {ops} on plain torch: {missing}"
         assert (line in str(doctor())) == (compiled and reason == missing)
