@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbm_fast.nn.blocks import Norm
+from sbm_fast.nn import GroupNormSiLU
 from sbm_fast.nn.network import Network
 
 
@@ -32,17 +32,19 @@ def group_norm_silu(
     return nn.functional.silu(y) if activation == "silu" else y
 
 
-class PlainNorm(Norm):
-    def forward(self, input: Tensor, **options: Any) -> Tensor:
-        weight, bias = self.weight, self.bias
-        return group_norm_silu(input, self.num_groups, weight, bias, self.eps, **options)
+class PlainNorm(GroupNormSiLU):
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        weight, bias, activation = self.weight, self.bias, self.activation
+        return group_norm_silu(
+            x, self.num_groups, weight, bias, self.eps, activation=activation, **options
+        )
 
 
 def plain(network: Network) -> Network:
     """A copy whose normalisations are plain torch's; the rest of our networks is so anyhow."""
     network = copy.deepcopy(network)
     for module in network.modules():
-        if isinstance(module, Norm):
+        if isinstance(module, GroupNormSiLU):
             module.__class__ = PlainNorm
     return network
 

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sbm_fast.files import require_file, unreadable
+
 
 @dataclass
 class Record:
@@ -57,18 +59,6 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         raise unreadable(path, f"it asks for {error}, which is not data of a network") from None
     except (*problems, RuntimeError, struct.error) as error:
         raise unreadable(path, f"it is no pickle of a network, or cut off ({error})") from error
-
-
-def require_file(path: str | os.PathLike[str]) -> None:
-    """FileNotFoundError unless ``path`` is a file."""
-    if not os.path.isfile(path):
-        problem = "is not a file" if os.path.exists(path) else "does not exist"
-        raise FileNotFoundError(f"checkpoint {os.fspath(path)!r} {problem}")
-
-
-def unreadable(path: str | os.PathLike[str], problem: str) -> ValueError:
-    """The error that every adapter raises: it names the file and the problem."""
-    return ValueError(f"cannot load {os.fspath(path)!r}: {problem}")
 
 
 class _Asked(Exception):

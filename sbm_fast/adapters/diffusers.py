@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,43 +20,13 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from sbm_fast.adapters._unpickle import unreadable
+from sbm_fast.adapters._schedulers import SCHEDULERS, Training, count, training
+from sbm_fast.files import require_held, unreadable
 from sbm_fast.model import ScoreModel
-from sbm_fast.sde import EDMSDE, VESDE, DDPMSchedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sbm_fast.sde import SDE
-
-_DISCRETE = (
-    "DDPMScheduler",
-    "DDPMParallelScheduler",
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DDIMInverseScheduler",
-    "PNDMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverMultistepInverseScheduler",
-    "DPMSolverSinglestepScheduler",
-    "DPMSolverSDEScheduler",
-    "UniPCMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "RePaintScheduler",
-    "SASolverScheduler",
-)
-_EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-_VE = ("ScoreSdeVeScheduler",)
-SCHEDULERS = (*_DISCRETE, *_EDM, *_VE)
-"""Classes of diffusers' schedulers whose configuration is understood."""
-
-_PREDICTS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 _DOWNLOAD = [
@@ -69,24 +38,6 @@ _DOWNLOAD = [
     ),
 ]
 _INSTALL = "pip install 'sbm_fast[diffusers]'"
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a scheduler's configuration says about the network.
-
-    Attributes:
-        sde, predicts, time, sigma_data: as in `ScoreModel`.
-        sign: the network predicts sign · ``predicts``.
-        variance: "learned_range" or None, as in `ScoreModel`.
-    """
-
-    sde: SDE
-    predicts: str
-    time: str
-    sigma_data: float = 0.5
-    sign: int = 1
-    variance: str | None = None
 
 
 class Output(nn.Module):
@@ -173,97 +124,6 @@ def wrap(unet: nn.Module, scheduler: object) -> ScoreModel:
     names = [cls.__name__ for cls in type(scheduler).__mro__]
     name = next((name for name in names if name in SCHEDULERS), names[0])
     return _model(unet, config, training(name, schedule))
-
-
-def training(name: object, config: Mapping[str, Any]) -> Training:
-    """What the configuration of the scheduler class ``name`` says about its network.
-
-    ==================  ==========================================  ======================
-    schedulers          noise levels                                time
-    ==================  ==========================================  ======================
-    on β (DDPM, DDIM…)  `DDPMSchedule` of its β                     index
-    EDM's               `EDMSDE`, network inside EDM's c's          ¼ ln σ
-    ScoreSdeVe          `VESDE`, the network gives the score        σ
-    ==================  ==========================================  ======================
-
-    Raises: ValueError for what is not understood, naming it.
-    """
-    if name in _DISCRETE:
-        return _discrete(config)
-    if name in _EDM:
-        sde = EDMSDE(_number(config, "sigma_min"), _number(config, "sigma_max"))
-        prediction = _prediction(config)
-        if prediction == "sample":
-            raise ValueError(f"prediction_type: {name} has no 'sample'")
-        # Its "v_prediction" is c_skip x − c_out F: the other sign of F, nothing else.
-        sign = -1 if prediction == "v_prediction" else 1
-        return Training(sde, "edm", "edm", _number(config, "sigma_data"), sign)
-    if name in _VE:
-        levels = VESDE(_number(config, "sigma_min"), _number(config, "sigma_max"))
-        return Training(levels, "score", "sigma")
-    raise ValueError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, got {name!r:.80}")
-
-
-def _discrete(config: Mapping[str, Any]) -> Training:
-    for key, refused in (
-        ("rescale_betas_zero_snr", "a last level without signal has no σ/m"),
-        ("use_flow_sigmas", "flow matching is no diffusion on β"),
-    ):
-        if config.get(key):
-            raise ValueError(f"{key}: {refused}")
-    if config.get("timestep_type", "discrete") != "discrete":
-        raise ValueError(f"timestep_type: expected 'discrete', got {config['timestep_type']!r:.80}")
-    variance = config.get("variance_type")
-    if variance == "learned":
-        raise ValueError("variance_type: 'learned' (not 'learned_range') is not supported")
-    return Training(
-        DDPMSchedule(_betas(config)),
-        _PREDICTS[_prediction(config)],
-        "index",
-        variance="learned_range" if variance == "learned_range" else None,
-    )
-
-
-def _prediction(config: Mapping[str, Any]) -> str:
-    # Releases before 0.10 had a flag in place of the name.
-    default = "sample" if config.get("predict_epsilon") is False else "epsilon"
-    prediction = config.get("prediction_type") or default
-    if prediction not in _PREDICTS:
-        known = ", ".join(_PREDICTS)
-        raise ValueError(f"prediction_type: expected one of {known}, got {prediction!r:.80}")
-    return prediction
-
-
-def _betas(config: Mapping[str, Any]) -> Any:
-    """β_i, i = 0 … N−1, by the schedule's formula in float64."""
-    if config.get("trained_betas") is not None:
-        return np.asarray(config["trained_betas"], dtype=np.float64)
-    levels, kind = _count(config, "num_train_timesteps"), config.get("beta_schedule")
-    if kind == "squaredcos_cap_v2":
-        return DDPMSchedule.cosine(levels).betas
-    low, high = _number(config, "beta_start"), _number(config, "beta_end")
-    if kind == "linear":
-        return np.linspace(low, high, levels)
-    if kind == "scaled_linear":
-        return np.linspace(low**0.5, high**0.5, levels) ** 2
-    if kind == "sigmoid":
-        return low + (high - low) / (1 + np.exp(-np.linspace(-6, 6, levels)))
-    known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid"
-    raise ValueError(f"beta_schedule: expected one of {known}, got {kind!r:.80}")
-
-
-def _number(config: Mapping[str, Any], key: str) -> float:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        raise ValueError(f"{key}: expected a number ≥ 0, got {value!r:.80}")
-    return float(value)
-
-
-def _count(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1_000_000:
-        raise ValueError(f"{key}: expected an integer in 1 … 1000000, got {value!r:.80}")
-    return value
 
 
 def _model(network: nn.Module, config: Mapping[str, Any], trained: Training) -> ScoreModel:
@@ -378,23 +238,25 @@ def _shapes(home: Path) -> list[int]:
 def _bound(config: dict[str, Any], sizes: list[int]) -> None:
     """Refuse a configuration that asks for far more than the weights hold, before it is built."""
     widths = config.get("block_out_channels")
-    if not isinstance(widths, list) or not all(type(w) is int and w > 0 for w in widths):
+    if (
+        not isinstance(widths, list)
+        or not widths
+        or not all(type(w) is int and w > 0 for w in widths)
+    ):
         raise ValueError(f"block_out_channels: expected integers ≥ 1, got {widths!r:.80}")
-    blocks = len(widths) * _count(config, "layers_per_block")
-    if blocks > len(sizes):
-        raise ValueError(f"{blocks} blocks, but the files hold {len(sizes)} tensors")
-    largest = max(sizes, default=0)
+    layers = count(config, "layers_per_block")
     embedding = config.get("time_embedding_dim") or 4 * widths[0]
     classes = config.get("num_class_embeds") or 0
-    ends = [9 * (config.get(key) or 0) * widths[0] for key in ("in_channels", "out_channels")]
-    for needed in (9 * max(widths) ** 2, embedding**2, classes * embedding, *ends):
-        if needed > largest:
-            raise ValueError(
-                f"a tensor of {needed} elements, the largest of the files has {largest}"
-            )
-    in_all = config["layers_per_block"] * sum(9 * width**2 for width in widths)
-    if in_all > sum(sizes):
-        raise ValueError(f"{in_all} weights or more, but the files hold {sum(sizes)} numbers")
+    largest = {
+        f"convolutions of {max(widths)} channels": 9 * max(widths) ** 2,
+        f"time_embedding_dim {embedding}": embedding**2,
+        f"num_class_embeds {classes}": classes * embedding,
+    }
+    for key in ("in_channels", "out_channels"):
+        channels = config.get(key) or 0
+        largest[f"{key} {channels}"] = 9 * channels * widths[0]
+    elements = layers * sum(9 * width**2 for width in widths)
+    require_held(len(widths) * layers, elements, largest, sizes, sum(sizes))
 
 
 @contextmanager

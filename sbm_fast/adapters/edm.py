@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from sbm_fast.adapters._network import build
-from sbm_fast.adapters._unpickle import Record, read_pickle, unreadable
+from sbm_fast.adapters._unpickle import Record, read_pickle
+from sbm_fast.files import unreadable
 from sbm_fast.model import ScoreModel, as_score_model
 from sbm_fast.nn import ADM, SongUNet
 from sbm_fast.nn.network import Network

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sbm_fast.adapters._network import fill
-from sbm_fast.adapters._unpickle import require_file, unreadable
+from sbm_fast.files import require_file, unreadable
 from sbm_fast.ladder import DDPMSchedule, Ladder, NCSNLadder
 from sbm_fast.model import ScoreModel, as_score_model
 from sbm_fast.nn import DDPM, NCSNpp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -42,6 +42,11 @@ class ADM(ConditionalNetwork):
         TypeError, ValueError: an argument is outside these ranges; the message names it.
     """
 
+    RULES: ClassVar[dict[str, options.Check]] = {
+        **ConditionalNetwork.RULES,
+        "channels_per_head": options.positive,
+    }
+
     def __init__(
         self,
         *,
@@ -62,24 +67,8 @@ class ADM(ConditionalNetwork):
         time: str | Callable[..., Any] = "edm",
         **carried: Any,
     ) -> None:
-        config = self._common(
-            image_size=image_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            label_dim=label_dim,
-            augment_dim=augment_dim,
-            channels=channels,
-            channel_mult=channel_mult,
-            channel_mult_emb=channel_mult_emb,
-            num_blocks=num_blocks,
-            attention_resolutions=attention_resolutions,
-            dropout=dropout,
-            label_dropout=label_dropout,
-        )
-        per_head = options.positive("channels_per_head", channels_per_head)
-        super().__init__(
-            config | {"channels_per_head": per_head}, predicts=predicts, time=time, **carried
-        )
+        config = self._checked(locals())
+        super().__init__(config, predicts=predicts, time=time, **carried)
         emb = channels * channel_mult_emb
         self.map_noise = PositionalEmbedding(channels, endpoint=False)
         self.map_augment = nn.Linear(augment_dim, channels, bias=False) if augment_dim else None
@@ -87,7 +76,7 @@ class ADM(ConditionalNetwork):
         self.map_layer1 = nn.Linear(emb, emb)
         self.map_label = nn.Linear(label_dim, emb, bias=False) if label_dim else None
         norm = partial(capped_norm, eps=1e-5)
-        attention = partial(_attention, per_head=per_head, norm=norm)
+        attention = partial(_attention, per_head=channels_per_head, norm=norm)
         block = partial(ResidualBlock, emb_channels=emb, norm=norm, film=True, dropout=dropout)
         first = channels * config["channel_mult"][0]
         self._build(Design(norm=norm, block=block, attention=attention, first=first, every=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +11,10 @@ from torch.autograd import forward_ad
 
 from sbm_fast.nn import resample
 from sbm_fast.nn.conv import Conv2d
-from sbm_fast.nn.functional import group_norm_silu
+from sbm_fast.nn.norm import GroupNormSiLU
 
-
-class Norm(nn.GroupNorm):
-    """`group_norm_silu` with weights: GroupNorm, FiLM and SiLU in one pass."""
-
-    def forward(self, input: Tensor, **options: Any) -> Tensor:
-        """y of `sbm_fast.nn.functional.group_norm_silu`; ``options`` are its keyword arguments."""
-        weight, bias = self.weight, self.bias
-        y: Any = group_norm_silu(input, self.num_groups, weight, bias, self.eps, **options)
-        return y
-
-
-MakeNorm = Callable[[int], Norm]
-"""Channels -> their normalisation: the rule for groups and eps of a family of networks."""
+MakeNorm = Callable[..., GroupNormSiLU]
+"""(channels, activation="silu") -> their normalisation: a family's rule for groups and eps."""
 
 
 class ResidualBlock(nn.Module):
@@ -114,13 +102,13 @@ class SelfAttention(nn.Module):
         if heads < 1 or channels % heads:
             raise ValueError(f"heads must be >= 1 and divide {channels} channels, got {heads}")
         self.heads, self.gain = heads, gain
-        self.norm = norm(channels)
+        self.norm = norm(channels, activation=None)
         self.qkv = Conv2d(channels, 3 * channels, 1)
         self.out = zero(Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x, activation=None))
+        qkv = self.qkv(self.norm(x))
         # Positions before channels: a view of NHWC memory.
         rows = qkv.permute(0, 2, 3, 1).reshape(
             batch, height * width, 3, self.heads, channels // self.heads
@@ -223,14 +211,15 @@ def _transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def group_norm(channels: int, group_size: int) -> Norm:
+def group_norm(channels: int, group_size: int, activation: str | None = "silu") -> GroupNormSiLU:
     """Groups of about ``group_size`` channels; their number divides ``channels``."""
-    return Norm(math.gcd(channels, max(1, channels // group_size)), channels, eps=1e-5)
+    groups = math.gcd(channels, max(1, channels // group_size))
+    return GroupNormSiLU(groups, channels, activation=activation)
 
 
-def capped_norm(channels: int, eps: float) -> Norm:
+def capped_norm(channels: int, eps: float, activation: str | None = "silu") -> GroupNormSiLU:
     """Up to 32 groups of four channels or more (Song et al. 2021; Karras et al. 2022)."""
-    return Norm(max(1, min(channels // 4, 32)), channels, eps=eps)
+    return GroupNormSiLU(max(1, min(channels // 4, 32)), channels, eps, activation=activation)
 
 
 def zero(conv: nn.Conv2d) -> nn.Conv2d:

@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from sbm_fast.files import require_file, require_held, unreadable
 from sbm_fast.nn.embedding import Embedding
 
 if TYPE_CHECKING:
@@ -91,19 +92,19 @@ def load(cls: type[T], path: str | os.PathLike[str], *, dtype: torch.dtype | Non
     header, weights = _read(path)
     stored_class = classes().get(header.get("class", ""))
     if stored_class is None or not issubclass(stored_class, cls):
-        raise _bad(path, f"it holds a {header.get('class')!r}, not a {cls.__name__!r}")
+        raise unreadable(path, f"it holds a {header.get('class')!r}, not a {cls.__name__!r}")
     config = header.get("config")
     if not isinstance(config, dict):
-        raise _bad(path, "its header has no 'config' object")
+        raise unreadable(path, "its header has no 'config' object")
     try:
         attributes = {name: header[name] for name in _ATTRIBUTES}
         attributes |= {name: header[name] for name in _OPTIONAL if name in header}
         kwargs = {**config, **attributes, "sde": build_sde(header["sde"])}
         model = _build(stored_class, config, kwargs, weights)
     except KeyError as error:
-        raise _bad(path, f"its header lacks {error}") from error
+        raise unreadable(path, f"its header lacks {error}") from error
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise _bad(path, f"its configuration is not usable: {error}") from error
+        raise unreadable(path, f"its configuration is not usable: {error}") from error
     stored = min((tensor.dtype for tensor in weights.values()), key=lambda kind: kind.itemsize)
     model.to(dtype or stored).load_state_dict(weights)
     metadata = header.get("metadata")
@@ -167,24 +168,22 @@ def build_sde(description: Any) -> SDE | None:
 def _read(
     path: str | os.PathLike[str], *, weights: bool = True
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not os.path.isfile(path):
-        problem = "is not a file" if os.path.exists(path) else "does not exist"
-        raise FileNotFoundError(f"checkpoint {os.fspath(path)!r} {problem}")
+    require_file(path)
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             text = (file.metadata() or {}).get(_KEY)
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()} if weights else {}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise _bad(path, f"it is no safetensors file or is cut off ({error})") from error
+        raise unreadable(path, f"it is no safetensors file or is cut off ({error})") from error
     if text is None:
-        raise _bad(path, f"its header has no {_KEY!r} entry, so another program wrote it")
+        raise unreadable(path, f"its header has no {_KEY!r} entry, so another program wrote it")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _bad(path, f"its {_KEY!r} entry is not JSON ({error})") from error
+        raise unreadable(path, f"its {_KEY!r} entry is not JSON ({error})") from error
     if not isinstance(header, dict) or header.get("version") != VERSION:
         version = header.get("version") if isinstance(header, dict) else None
-        raise _bad(path, f"its format version is {version!r}, this package reads {VERSION}")
+        raise unreadable(path, f"its format version is {version!r}, this package reads {VERSION}")
     return header, tensors
 
 
@@ -200,10 +199,10 @@ def _build(
 
 
 def bound(cls: type[Network], config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Refuse a configuration that asks for far more than a file holds, before it is allocated.
+    """`require_held` of a configuration and the tensors of a file.
 
-    A few bytes of JSON can ask for terabytes. Building on the meta device would show the shapes as
-    well, but its first use imports for seconds.
+    Building on the meta device would show the shapes as well, but its first use imports for
+    seconds.
     """
     numbers: list[Any] = []
     for name in cls.SIZES:
@@ -211,18 +210,10 @@ def bound(cls: type[Network], config: Mapping[str, Any], weights: Mapping[str, T
         numbers += value if isinstance(value, (list, tuple)) else [value]
     if not all(type(number) is int and number >= 0 for number in numbers):
         return  # the constructor names what is wrong
-    blocks, elements, least = cls.demands(config)
-    if blocks > len(weights):
-        raise ValueError(f"{blocks} blocks, but the file holds {len(weights)} tensors")
-    largest = max((tensor.numel() for tensor in weights.values()), default=0)
-    for what, size in least.items():
-        if size > largest:
-            raise ValueError(f"{what}, but the largest tensor of the file has {largest} elements")
     # By their memory: a pickle can name one tensor any number of times.
     memory = {t.untyped_storage().data_ptr(): t for t in weights.values()}
-    held = sum(t.untyped_storage().nbytes() // t.itemsize for t in memory.values())
-    if elements > held:
-        raise ValueError(f"{elements} weights or more, but the file holds {held} numbers")
+    in_all = sum(t.untyped_storage().nbytes() // t.itemsize for t in memory.values())
+    require_held(*cls.demands(config), [tensor.numel() for tensor in weights.values()], in_all)
 
 
 def _compare(expected: dict[str, torch.Size], weights: dict[str, Tensor]) -> None:
@@ -252,7 +243,3 @@ def _write(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
-
-
-def _bad(path: str | os.PathLike[str], problem: str) -> ValueError:
-    return ValueError(f"cannot load {os.fspath(path)!r}: {problem}")

@@ -32,45 +32,18 @@ class ConditionalNetwork(LevelNetwork):
         *LevelNetwork.SIZES,
         *("label_dim", "augment_dim", "channel_mult_emb"),
     )
+    RULES: ClassVar[dict[str, options.Check]] = {
+        **LevelNetwork.RULES,
+        "label_dim": options.count,
+        "augment_dim": options.count,
+        "channel_mult_emb": options.positive,
+        "label_dropout": options.probability,
+    }
 
     def __init__(self, config: dict[str, Any], **carried: Any) -> None:
         if config["label_dim"] and carried.get("null_cond") is None:
             carried["null_cond"] = {"class_labels": None}
         super().__init__(config, **carried)
-
-    def _common(
-        self,
-        *,
-        image_size: int,
-        in_channels: int,
-        out_channels: int | None,
-        label_dim: int,
-        augment_dim: int,
-        channels: int,
-        channel_mult: Any,
-        channel_mult_emb: int,
-        num_blocks: int,
-        attention_resolutions: Any,
-        dropout: float,
-        label_dropout: float,
-    ) -> dict[str, Any]:
-        """The checked arguments that both classes have."""
-        return {
-            "image_size": options.positive("image_size", image_size),
-            "in_channels": options.positive("in_channels", in_channels),
-            "out_channels": options.positive(
-                "out_channels", in_channels if out_channels is None else out_channels
-            ),
-            "label_dim": options.count("label_dim", label_dim),
-            "augment_dim": options.count("augment_dim", augment_dim),
-            "channels": options.positive("channels", channels),
-            "channel_mult": options.positives("channel_mult", channel_mult),
-            "channel_mult_emb": options.positive("channel_mult_emb", channel_mult_emb),
-            "num_blocks": options.positive("num_blocks", num_blocks),
-            "attention_resolutions": options.resolutions(attention_resolutions),
-            "dropout": options.probability("dropout", dropout),
-            "label_dropout": options.probability("label_dropout", label_dropout),
-        }
 
     @classmethod
     def _label_width(cls, config: Mapping[str, Any]) -> int:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from sbm_fast.nn import resample
+from sbm_fast.nn import options, resample
 from sbm_fast.nn.blocks import (
     Downsample,
     MakeNorm,
@@ -166,7 +166,25 @@ class LevelNetwork(Network):
         "channel_mult",
         "num_blocks",
     )
+    RULES: ClassVar[dict[str, options.Check]] = {
+        "image_size": options.positive,
+        "in_channels": options.positive,
+        "out_channels": options.positive,
+        "channels": options.positive,
+        "channel_mult": options.positives,
+        "num_blocks": options.positive,
+        "attention_resolutions": options.resolutions,
+        "dropout": options.probability,
+    }
+    """The checks of a constructor's arguments; subclasses add theirs."""
     embed: nn.Module
+
+    @classmethod
+    def _checked(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """``config`` of a constructor's arguments: those that `RULES` name."""
+        outputs = given["out_channels"]
+        outputs = given["in_channels"] if outputs is None else outputs
+        return options.checked(cls.RULES, {**given, "out_channels": outputs})
 
     def _build(self, design: Design) -> None:
         c = self.config

@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sbm_fast.nn import options, resample, score_sde_weights
-from sbm_fast.nn.blocks import (
-    Norm,
-    ResidualBlock,
-    SelfAttention,
-    capped_norm,
-)
+from sbm_fast.nn.blocks import ResidualBlock, SelfAttention, capped_norm
 from sbm_fast.nn.embedding import PositionalEmbedding, TimeEmbedding, TurnsEmbedding
 from sbm_fast.nn.levels import Design, LevelNetwork
+from sbm_fast.nn.norm import GroupNormSiLU
 from sbm_fast.nn.peer_weights import PeerTensor
 
 EPS = 1e-6
@@ -38,49 +34,18 @@ class ScoreSDENetwork(LevelNetwork):
     turned round here.
     """
 
-    def _common(
-        self,
-        *,
-        image_size: int,
-        in_channels: int,
-        out_channels: int | None,
-        channels: int,
-        channel_mult: Sequence[int],
-        num_blocks: int,
-        attention_resolutions: Sequence[int],
-        conditional: bool,
-        resample_conv: bool,
-        scale_by_sigma: bool,
-        centered: bool,
-        sigma_min: float,
-        sigma_max: float,
-        num_scales: int,
-        ascending_labels: bool,
-        nonlinearity: str,
-        dropout: float,
-    ) -> dict[str, Any]:
-        """The checked arguments that both classes have."""
-        return {
-            "image_size": options.positive("image_size", image_size),
-            "in_channels": options.positive("in_channels", in_channels),
-            "out_channels": options.positive(
-                "out_channels", in_channels if out_channels is None else out_channels
-            ),
-            "channels": options.positive("channels", channels),
-            "channel_mult": options.positives("channel_mult", channel_mult),
-            "num_blocks": options.positive("num_blocks", num_blocks),
-            "attention_resolutions": options.resolutions(attention_resolutions),
-            "conditional": options.flag("conditional", conditional),
-            "resample_conv": options.flag("resample_conv", resample_conv),
-            "scale_by_sigma": options.flag("scale_by_sigma", scale_by_sigma),
-            "centered": options.flag("centered", centered),
-            "sigma_min": options.real("sigma_min", sigma_min),
-            "sigma_max": options.real("sigma_max", sigma_max),
-            "num_scales": options.positive("num_scales", num_scales),
-            "ascending_labels": options.flag("ascending_labels", ascending_labels),
-            "nonlinearity": options.choice("nonlinearity", nonlinearity, ("swish",)),
-            "dropout": options.probability("dropout", dropout),
-        }
+    RULES: ClassVar[dict[str, options.Check]] = {
+        **LevelNetwork.RULES,
+        "conditional": options.flag,
+        "resample_conv": options.flag,
+        "scale_by_sigma": options.flag,
+        "centered": options.flag,
+        "sigma_min": options.real,
+        "sigma_max": options.real,
+        "num_scales": options.positive,
+        "ascending_labels": options.flag,
+        "nonlinearity": options.one_of("swish"),
+    }
 
     def _embed(self, fourier_scale: float | None) -> nn.Module:
         """Features of the label, and the MLP behind them where the network is conditional."""
@@ -148,6 +113,19 @@ class NCSNpp(ScoreSDENetwork):
         TypeError, ValueError: an argument is outside these ranges; the message names it.
     """
 
+    RULES: ClassVar[dict[str, options.Check]] = {
+        **ScoreSDENetwork.RULES,
+        "embedding": options.one_of("fourier", "positional"),
+        "fourier_scale": options.real,
+        "resblock": options.one_of("biggan", "ddpm"),
+        "fir": options.flag,
+        "fir_kernel": options.fir,
+        "skip_rescale": options.flag,
+        "progressive_input": options.one_of("none", "input_skip", "residual"),
+        "progressive": options.one_of("none", "output_skip", "residual"),
+        "progressive_combine": options.one_of("sum", "cat"),
+    }
+
     def __init__(
         self,
         *,
@@ -181,41 +159,7 @@ class NCSNpp(ScoreSDENetwork):
         time: str | Callable[..., Any] = "999t",
         **carried: Any,
     ) -> None:
-        config = self._common(
-            image_size=image_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            channels=channels,
-            channel_mult=channel_mult,
-            num_blocks=num_blocks,
-            attention_resolutions=attention_resolutions,
-            conditional=conditional,
-            resample_conv=resample_conv,
-            scale_by_sigma=scale_by_sigma,
-            centered=centered,
-            sigma_min=sigma_min,
-            sigma_max=sigma_max,
-            num_scales=num_scales,
-            ascending_labels=ascending_labels,
-            nonlinearity=nonlinearity,
-            dropout=dropout,
-        )
-        pyramids = ("none", "input_skip", "residual"), ("none", "output_skip", "residual")
-        config |= {
-            "embedding": options.choice("embedding", embedding, ("fourier", "positional")),
-            "fourier_scale": options.real("fourier_scale", fourier_scale),
-            "resblock": options.choice("resblock", resblock, ("biggan", "ddpm")),
-            "fir": options.flag("fir", fir),
-            "fir_kernel": options.fir(fir_kernel),
-            "skip_rescale": options.flag("skip_rescale", skip_rescale),
-            "progressive_input": options.choice(
-                "progressive_input", progressive_input, pyramids[0]
-            ),
-            "progressive": options.choice("progressive", progressive, pyramids[1]),
-            "progressive_combine": options.choice(
-                "progressive_combine", progressive_combine, ("sum", "cat")
-            ),
-        }
+        config = self._checked(locals())
         if embedding == "fourier" and ascending_labels:
             raise ValueError("ascending_labels must be False with embedding 'fourier' (σ)")
         super().__init__(config, predicts=predicts, time=time, **carried)
@@ -290,30 +234,12 @@ class DDPM(ScoreSDENetwork):
         time: str | Callable[..., Any] = "index",
         **carried: Any,
     ) -> None:
-        config = self._common(
-            image_size=image_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            channels=channels,
-            channel_mult=channel_mult,
-            num_blocks=num_blocks,
-            attention_resolutions=attention_resolutions,
-            conditional=conditional,
-            resample_conv=resample_conv,
-            scale_by_sigma=scale_by_sigma,
-            centered=centered,
-            sigma_min=sigma_min,
-            sigma_max=sigma_max,
-            num_scales=num_scales,
-            ascending_labels=ascending_labels,
-            nonlinearity=nonlinearity,
-            dropout=dropout,
-        )
+        config = self._checked(locals())
         if channels % 32:
             raise ValueError(f"channels must be divisible by 32 groups, got {channels}")
         super().__init__(config, predicts=predicts, time=time, **carried)
         self.embed = self._embed(None)
-        norm = partial(Norm, 32, eps=EPS)
+        norm = partial(GroupNormSiLU, 32, eps=EPS)
         emb = 4 * channels if conditional else None
         self._build(
             Design(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
+
+Check = Callable[[str, Any], Any]
+"""(name of the argument, value) -> the value as it is kept; TypeError or ValueError."""
 
 
 class _Short(reprlib.Repr):
@@ -45,13 +49,11 @@ def positives(name: str, values: Any) -> tuple[int, ...]:
     return tuple(positive(name, value) for value in values)
 
 
-def resolutions(values: Any) -> tuple[int, ...]:
+def resolutions(name: str, values: Any) -> tuple[int, ...]:
     """Image sizes whose level has attention; they need not be sizes of a level."""
     if not isinstance(values, (list, tuple)):
-        raise TypeError(
-            f"attention_resolutions must be a list or tuple of ints, got {shown(values)}"
-        )
-    return tuple(positive("attention_resolutions", value) for value in values)
+        raise TypeError(f"{name} must be a list or tuple of ints, got {shown(values)}")
+    return tuple(positive(name, value) for value in values)
 
 
 def levels(values: Any, number: int) -> tuple[int, ...]:
@@ -80,6 +82,11 @@ def choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     return value
 
 
+def one_of(*choices: Any) -> Check:
+    """`choice` of these."""
+    return partial(choice, choices=choices)
+
+
 def real(name: str, value: Any) -> float:
     """``value`` as a float, if it is a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -106,15 +113,18 @@ def shape(values: Any, channels: int) -> tuple[int, ...]:
     return sizes
 
 
-def fir(values: Any) -> tuple[float, ...]:
+def fir(name: str, values: Any) -> tuple[float, ...]:
     """The taps of a resampling filter: 2 to 64 numbers whose sum is not 0."""
     if not isinstance(values, (list, tuple)) or not 2 <= len(values) <= 64:
-        raise TypeError(
-            f"fir_kernel must be a list or tuple of 2 to 64 numbers, got {shown(values)}"
-        )
+        raise TypeError(f"{name} must be a list or tuple of 2 to 64 numbers, got {shown(values)}")
     for tap in values:
         if isinstance(tap, bool) or not isinstance(tap, (int, float)):
-            raise TypeError(f"fir_kernel must hold numbers, got {shown(tap)}")
+            raise TypeError(f"{name} must hold numbers, got {shown(tap)}")
     if not 0 < abs(sum(values)) < float("inf"):
-        raise ValueError(f"fir_kernel must have a sum other than 0, got {shown(values)}")
+        raise ValueError(f"{name} must have a sum other than 0, got {shown(values)}")
     return tuple(values)
+
+
+def checked(rules: Mapping[str, Check], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that ``rules`` name, each as its check gives it back."""
+    return {name: check(name, given[name]) for name, check in rules.items()}

@@ -47,6 +47,14 @@ class SongUNet(ConditionalNetwork):
     """
 
     SIZES: ClassVar[tuple[str, ...]] = (*ConditionalNetwork.SIZES, "channel_mult_noise")
+    RULES: ClassVar[dict[str, options.Check]] = {
+        **ConditionalNetwork.RULES,
+        "embedding": options.one_of("positional", "fourier"),
+        "channel_mult_noise": options.positive,
+        "encoder": options.one_of("standard", "skip", "residual"),
+        "decoder": options.one_of("standard", "skip"),
+        "fir_kernel": options.fir,
+    }
 
     def __init__(
         self,
@@ -72,27 +80,7 @@ class SongUNet(ConditionalNetwork):
         time: str | Callable[..., Any] = "edm",
         **carried: Any,
     ) -> None:
-        config = self._common(
-            image_size=image_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            label_dim=label_dim,
-            augment_dim=augment_dim,
-            channels=channels,
-            channel_mult=channel_mult,
-            channel_mult_emb=channel_mult_emb,
-            num_blocks=num_blocks,
-            attention_resolutions=attention_resolutions,
-            dropout=dropout,
-            label_dropout=label_dropout,
-        )
-        config |= {
-            "embedding": options.choice("embedding", embedding, ("positional", "fourier")),
-            "channel_mult_noise": options.positive("channel_mult_noise", channel_mult_noise),
-            "encoder": options.choice("encoder", encoder, ("standard", "skip", "residual")),
-            "decoder": options.choice("decoder", decoder, ("standard", "skip")),
-            "fir_kernel": options.fir(fir_kernel),
-        }
+        config = self._checked(locals())
         super().__init__(config, predicts=predicts, time=time, **carried)
         noise, emb = channels * channel_mult_noise, channels * channel_mult_emb
         self.map_noise = (

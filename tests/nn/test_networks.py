@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ def test_label_dropout_in_training_only() -> None:
 
 def test_the_skip_of_a_block() -> None:
     """1x1, 3x3 or none, and at first nothing else."""
-    norm = lambda channels: capped_norm(channels, 1e-6)  # noqa: E731
+    norm = partial(capped_norm, eps=1e-6)
     x = torch.randn(1, 8, 4, 4)
     for options, kernel in (({}, (1, 1)), ({"skip": "3x3"}, (3, 3))):
         block = ResidualBlock(8, 16, None, norm=norm, gain=0.5, **options)
@@ -256,10 +257,10 @@ def test_the_skip_of_a_block() -> None:
 
 def test_attention_is_softmax_of_products() -> None:
     torch.manual_seed(0)
-    attention = SelfAttention(12, 3, norm=lambda channels: capped_norm(channels, 1e-6), gain=0.7)
+    attention = SelfAttention(12, 3, norm=partial(capped_norm, eps=1e-6), gain=0.7)
     nn.init.normal_(attention.out.weight)
     x = torch.randn(2, 12, 3, 5)
-    n = attention.norm(x, activation=None)
+    n = attention.norm(x)
     q, k, v = attention.qkv(n).reshape(2, 3, 3, 4, 15).unbind(1)  # [B, heads, channels, positions]
     weights = torch.softmax(torch.einsum("bhcq,bhck->bhqk", q, k) / 2, dim=-1)
     h = torch.einsum("bhqk,bhck->bhcq", weights, v).reshape(2, 12, 3, 5)
