@@ -37,9 +37,8 @@ from benchmarks.likelihood_models import (
     wide_unet,
 )
 from benchmarks.likelihood_tables import RECORD
-from benchmarks.machine import busy_cores, facts, headline, require_compiled
+from benchmarks.machine import begin, facts
 from benchmarks.measure import interleave, threads
-from benchmarks.report import QUIET
 from benchmarks.workloads import OURS, SCORE_SDE, Case, Goal
 
 THREADS = 2
@@ -259,14 +258,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few samples, no record")
     parser.add_argument("--out", type=Path, default=RECORD, help="where the record goes")
     arguments = parser.parse_args()
-    try:
-        require_compiled()
-    except RuntimeError as error:
-        sys.exit(str(error))
-    print(headline(), flush=True)
-    busy = busy_cores()
-    if busy > QUIET:
-        print(f"warning: other processes keep {busy:.2f} cores busy; these times mean little")
+    busy = begin()
     out: Path = arguments.out
     known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     for part in arguments.part or PARTS:

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,11 +13,30 @@ import torch
 from benchmarks.checkout import UNKNOWN, commit
 from sbm_fast import _load, doctor
 
+QUIET = 0.1
+"""Cores that others may keep busy."""
+
 
 def require_compiled() -> None:
     """RuntimeError, with the reason, when the compiled part is not there: eager would be timed."""
     if not _load.load():
         raise RuntimeError(f"benchmarks: need the compiled part of sbm_fast, but {_load.REASON}")
+
+
+def begin() -> float:
+    """What every command that keeps a record says first; how many cores others keep busy.
+
+    Ends the program where the compiled part is missing.
+    """
+    try:
+        require_compiled()
+    except RuntimeError as error:
+        sys.exit(str(error))
+    print(headline(), flush=True)
+    busy = busy_cores()
+    if busy > QUIET:
+        print(f"warning: other processes keep {busy:.2f} cores busy; these times mean little")
+    return busy
 
 
 def facts() -> dict[str, object]:

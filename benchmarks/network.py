@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,10 +24,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import plain
 from benchmarks.checkout import ROOT
 from benchmarks.ddpmpp_eager import EagerDDPMpp
-from benchmarks.machine import busy_cores, facts, headline, require_compiled
+from benchmarks.machine import begin, facts
 from benchmarks.markdown import with_goals
 from benchmarks.measure import Measurement, measure, threads
-from benchmarks.report import QUIET, entry, table
+from benchmarks.report import entry, table
 from benchmarks.workloads import COMPILED, OURS, Case, Goal, Workload
 from sbm_fast.nn import UNet
 from sbm_fast.nn.conv import packed
@@ -39,10 +40,29 @@ GROUPS, EPS = 32, 1e-6
 
 
 @dataclass(frozen=True)
-class Normalisation(Workload):
+class Calls(Workload):
+    """A step is one call of a function."""
+
+    @abstractmethod
+    def function(self, label: str) -> Callable[[], Tensor]:
+        """What is called, for one of the implementations."""
+
+    def case(self, label: str) -> Case:
+        function = self.function(label)
+
+        @torch.no_grad()
+        def run() -> None:
+            for _ in range(self.steps):
+                function()
+
+        return Case(lambda: None, run)
+
+
+@dataclass(frozen=True)
+class Normalisation(Calls):
     """GroupNorm and SiLU of an NHWC tensor; `film`: with a time vector added before, FiLM behind.
 
-    A step is one call. All get the same tensors, in memory for their output that is new each call.
+    All get the same tensors, in memory for their output that is new each call.
     """
 
     film: bool = False
@@ -74,16 +94,6 @@ class Normalisation(Workload):
             function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
         return lambda: function(x, GROUPS, weight, bias, EPS, **given)
 
-    def case(self, label: str) -> Case:
-        function = self.function(label)
-
-        @torch.no_grad()
-        def run() -> None:
-            for _ in range(self.steps):
-                function()
-
-        return Case(lambda: None, run)
-
     @torch.no_grad()
     def check(self) -> dict[str, float]:
         """Largest error against float64, relative to the largest value; 16 units of float32."""
@@ -95,7 +105,7 @@ class Normalisation(Workload):
 
 
 @dataclass(frozen=True)
-class Forward(Workload):
+class Forward(Calls):
     """One call of DDPM++ for CIFAR-10 (61.8 M parameters), float32, weights packed for ours."""
 
     compiled: tuple[str, ...] = (COMPILED, AUTOTUNED)
@@ -127,16 +137,6 @@ class Forward(Workload):
             compiled = torch.compile(eager, fullgraph=True, dynamic=False, mode=mode)
             return lambda: compiled(x, time)
         return lambda: eager(x, time)
-
-    def case(self, label: str) -> Case:
-        function = self.function(label)
-
-        @torch.no_grad()
-        def run() -> None:
-            for _ in range(self.steps):
-                function()
-
-        return Case(lambda: None, run)
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:
@@ -279,14 +279,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="workloads whose title holds this; no record")
     arguments = parser.parse_args()
     only_eager: bool = arguments.quick
-    try:
-        require_compiled()
-    except RuntimeError as error:
-        sys.exit(str(error))
-    print(headline(), flush=True)
-    busy = busy_cores()
-    if busy > QUIET:
-        print(f"warning: other processes keep {busy:.2f} cores busy; these times mean little")
+    busy = begin()
     measurements: list[Measurement] = []
     for workload in WORKLOADS:
         if arguments.only not in workload.title:

@@ -13,12 +13,10 @@ from typing import Any
 
 from benchmarks import buffers
 from benchmarks.checkout import ROOT
-from benchmarks.machine import busy_cores, facts, headline, require_compiled
+from benchmarks.machine import begin, facts
 from benchmarks.measure import Measurement, measure
 from benchmarks.workloads import WORKLOADS, Goal
 
-QUIET = 0.1
-"""Cores that others may keep busy."""
 RECORD = ROOT / "benchmarks" / "results" / "cpu.json"
 
 
@@ -98,14 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RECORD, help="where the record goes")
     out: Path = parser.parse_args().out
-    try:
-        require_compiled()
-    except RuntimeError as error:
-        sys.exit(str(error))
-    print(headline(), flush=True)
-    busy = busy_cores()
-    if busy > QUIET:
-        print(f"warning: other processes keep {busy:.2f} cores busy; these times mean little")
+    busy = begin()
     measurements = []
     for workload in WORKLOADS:
         print(f"measuring {workload.title} …", file=sys.stderr, flush=True)
