@@ -40,7 +40,7 @@ def require_held(
     for what, size in largest.items():
         if size > most:
             raise ValueError(
-                f"{what}: a tensor of {size} elements, but the largest of the file has {most}"
+                f"{what}: a tensor of {size} elements, but the file's largest tensor has {most}"
             )
     if elements > in_all:
         raise ValueError(f"{elements} weights or more, but the file holds {in_all} numbers")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,9 @@ from sbm_fast.adapters._unpickle import Record, read_pickle
 from sbm_fast.files import unreadable
 from sbm_fast.model import ScoreModel, as_score_model
 from sbm_fast.nn import ADM, SongUNet
+from sbm_fast.nn.labels import HalfLog, NearestLevel, Steps
 from sbm_fast.nn.network import Network
-from sbm_fast.sde import EDMSDE, SDE, VESDE, VPSDE, DDPMSchedule
+from sbm_fast.sde import EDMSDE, VESDE, VPSDE, DDPMSchedule
 
 SIGMAS = (0.002, 80.0)
 """Noise levels of EDM's samplers, for networks that name none of their own."""
@@ -53,38 +53,6 @@ _NETWORKS: dict[str, tuple[type[Network], dict[str, str]]] = {
 
 
 _MODULES = 10_000  # EDM's largest network has a tenth of that
-
-
-@dataclass(frozen=True)
-class HalfLog:
-    """The label ln(σ/2) at time t of ``sde``, of EDM's VE networks."""
-
-    sde: SDE
-
-    def __call__(self, t: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return np.log(self.sde.nsr(t) / 2)
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The label (M − 1) t of EDM's VP networks with M steps."""
-
-    steps: int
-
-    def __call__(self, t: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return (self.steps - 1) * t
-
-
-@dataclass(frozen=True)
-class NearestLevel:
-    """The index of the level of ``sde`` whose σ/m is nearest, of EDM's iDDPM networks."""
-
-    sde: DDPMSchedule
-
-    def __call__(self, t: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        levels = self.sde.nsr(np.arange(self.sde.levels, dtype=np.float64))
-        between = (levels[1:] + levels[:-1]) / 2
-        return np.searchsorted(between, self.sde.nsr(t)).astype(np.float64)
 
 
 def load(path: str | os.PathLike[str]) -> ScoreModel:
@@ -158,10 +126,8 @@ def _edm(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _vp(state: Mapping[str, Any]) -> dict[str, Any]:
     sde = VPSDE(float(state["beta_min"]), float(state["beta_min"]) + float(state["beta_d"]))
-    steps = state["M"]
-    if type(steps) is not int or steps < 2:
-        raise ValueError(f"M: expected a number of steps, at least 2, got a {type(steps).__name__}")
-    return dict(predicts="eps", time="999t" if steps == 1000 else Steps(steps), sde=sde)
+    steps = Steps(state["M"])
+    return dict(predicts="eps", time="999t" if steps == Steps(1000) else steps, sde=sde)
 
 
 def _ve(state: Mapping[str, Any]) -> dict[str, Any]:

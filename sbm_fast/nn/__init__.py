@@ -3,6 +3,7 @@
 from sbm_fast.nn import functional, presets
 from sbm_fast.nn.adm import ADM
 from sbm_fast.nn.checkpoint import read_metadata
+from sbm_fast.nn.mlp import MLP
 from sbm_fast.nn.ncsnpp import DDPM, NCSNpp
 from sbm_fast.nn.network import Network, Prepared
 from sbm_fast.nn.norm import GroupNormSiLU
@@ -12,6 +13,7 @@ from sbm_fast.nn.unet import UNet
 __all__ = [
     "ADM",
     "DDPM",
+    "MLP",
     "GroupNormSiLU",
     "NCSNpp",
     "Network",

@@ -17,7 +17,13 @@ MakeNorm = Callable[..., GroupNormSiLU]
 """(channels, activation="silu") -> their normalisation: a family's rule for groups and eps."""
 
 
-class ResidualBlock(nn.Module):
+class Block(nn.Module):
+    """What a network gives a vector v of time: ``time`` projects it from the embedding."""
+
+    time: nn.Linear | None
+
+
+class ResidualBlock(Block):
     """Residual block with GroupNorm and SiLU, and the time added (or as FiLM).
 
         h = conv1(R SiLU(norm1(x)))

@@ -6,7 +6,8 @@ The header of a safetensors file holds strings. One of them, ``sbm_fast``, is a 
      "sde": {"class": "VPSDE", "beta_min": 0.1, "beta_max": 20.0} or null,
      "sample_shape": [1, 8, 8] or null, "sigma_data": 0.5, "metadata": {...}}
 
-and "null_cond" and "variance" where the network has them.
+and "null_cond" and "variance" where the network has them. "time" is an object like "sde"
+where it is one of `sbm_fast.nn.labels`.
 
 It is one entry, not several, so that the same weights always give the same bytes.
 """
@@ -39,7 +40,8 @@ _KEY = "sbm_fast"
 _ATTRIBUTES = ("predicts", "time", "sample_shape", "sigma_data")
 _OPTIONAL = ("null_cond", "variance")
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# What a checkpoint may name; a class name from a file is never looked up anywhere else.
+# What a checkpoint may name as its SDE or its time; a class name from a file is never looked up
+# anywhere else.
 _SDES = {
     "VESDE": ("sigma_min", "sigma_max"),
     "VPSDE": ("beta_min", "beta_max"),
@@ -48,6 +50,7 @@ _SDES = {
     "NCSNLadder": ("sigmas",),
     "DDPMSchedule": ("betas",),
 }
+_LABELS = {"HalfLog": ("sde",), "Steps": ("steps",), "NearestLevel": ("sde",)}
 
 
 def save(
@@ -60,8 +63,6 @@ def save(
     """Write ``model`` to ``path``; see `Network.save`."""
     if dtype is not None and dtype not in _STORED:
         raise ValueError(f"dtype must be a float type of torch, got {dtype}")
-    if callable(model.time):
-        raise TypeError("a network whose time is a callable cannot be saved: name one of the times")
     name = type(model).__name__
     if classes().get(name) is not type(model):
         raise TypeError(f"only {', '.join(classes())} can be saved, got {name}")
@@ -70,6 +71,7 @@ def save(
         "version": VERSION,
         "config": model.config,
         **{name: getattr(model, name) for name in _ATTRIBUTES},
+        "time": _describe_time(model.time),
         "sde": describe_sde(model.sde),
         "metadata": model.metadata if metadata is None else metadata,
     }
@@ -99,6 +101,7 @@ def load(cls: type[T], path: str | os.PathLike[str], *, dtype: torch.dtype | Non
     try:
         attributes = {name: header[name] for name in _ATTRIBUTES}
         attributes |= {name: header[name] for name in _OPTIONAL if name in header}
+        attributes["time"] = _build_time(header["time"])
         kwargs = {**config, **attributes, "sde": build_sde(header["sde"])}
         model = _build(stored_class, config, kwargs, weights)
     except KeyError as error:
@@ -115,11 +118,13 @@ def load(cls: type[T], path: str | os.PathLike[str], *, dtype: torch.dtype | Non
 def classes() -> dict[str, type[Network]]:
     """The networks that a checkpoint may name; a name from a file is never looked up elsewhere."""
     from sbm_fast.nn.adm import ADM
+    from sbm_fast.nn.mlp import MLP
     from sbm_fast.nn.ncsnpp import DDPM, NCSNpp
     from sbm_fast.nn.songunet import SongUNet
     from sbm_fast.nn.unet import UNet
 
-    return {"UNet": UNet, "NCSNpp": NCSNpp, "DDPM": DDPM, "SongUNet": SongUNet, "ADM": ADM}
+    known = (UNet, NCSNpp, DDPM, SongUNet, ADM, MLP)
+    return {network.__name__: network for network in known}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -159,10 +164,38 @@ def build_sde(description: Any) -> SDE | None:
     if not isinstance(description, dict) or description.get("class") not in _SDES:
         raise ValueError(f"sde must name one of {', '.join(_SDES)}, got {description!r:.200}")
     name = description["class"]
+    return getattr(sde, name)(**_parameters(description, _SDES[name]))
+
+
+def _describe_time(time: Any) -> Any:
+    name = type(time).__name__
+    if not callable(time):
+        return time
+    if name not in _LABELS:
+        raise TypeError("a network whose time is a callable cannot be saved: name one of the times")
+    held = {key: getattr(time, key) for key in _LABELS[name]}
+    return {"class": name} | {k: describe_sde(v) if k == "sde" else v for k, v in held.items()}
+
+
+def _build_time(description: Any) -> Any:
+    from sbm_fast.nn import labels
+
+    if not isinstance(description, dict):
+        return description
+    name = description.get("class")
+    if name not in _LABELS:
+        raise ValueError(f"time must name one of {', '.join(_LABELS)}, got {description!r:.200}")
+    held = _parameters(description, _LABELS[name])
+    return getattr(labels, name)(*(build_sde(v) if k == "sde" else v for k, v in held.items()))
+
+
+def _parameters(description: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     parameters = {key: value for key, value in description.items() if key != "class"}
-    if set(parameters) != set(_SDES[name]):
-        raise ValueError(f"{name} takes {', '.join(_SDES[name])}, got {', '.join(parameters)}")
-    return getattr(sde, name)(**parameters)
+    if set(parameters) != set(names):
+        raise ValueError(
+            f"{description['class']} takes {', '.join(names)}, got {', '.join(parameters)}"
+        )
+    return parameters
 
 
 def _read(

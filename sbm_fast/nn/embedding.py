@@ -124,6 +124,17 @@ class TurnsEmbedding(Embedding):
         return torch.outer(label, turns) * (2 * math.pi)
 
 
+SCALES = {"positional": 10_000.0, "fourier": 1.0}
+"""``max_period`` or ``scale`` of a `time_embedding` of that kind where none is given."""
+
+
+def time_embedding(kind: str, scale: float, channels: int, width: int) -> TimeEmbedding:
+    """Label [B] -> [B, width] by about ``channels`` features of a kind in `SCALES`."""
+    even = max(4, channels + channels % 2)
+    features = PositionalEmbedding if kind == "positional" else FourierEmbedding
+    return TimeEmbedding(features(even, scale), even, width)
+
+
 class TimeEmbedding(nn.Module):
     """Label [B] -> SiLU(W2 SiLU(W1 features(label))) [B, width].
 

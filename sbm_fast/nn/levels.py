@@ -30,7 +30,7 @@ from sbm_fast.nn.blocks import (
     zero,
 )
 from sbm_fast.nn.conv import Conv2d
-from sbm_fast.nn.network import Network
+from sbm_fast.nn.image_network import ImageNetwork
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Level(nn.Module):
         return h if self.resample is None else self.resample(h)
 
 
-class LevelNetwork(Network):
+class LevelNetwork(ImageNetwork):
     """The U-Net of this module; subclasses give the embedding and a `Design`.
 
     ``config`` holds ``image_size``, ``in_channels``, ``out_channels``, ``channels``,

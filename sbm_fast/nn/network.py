@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sbm_fast.model import VARIANCES
 from sbm_fast.nn import checkpoint, options
-from sbm_fast.nn.blocks import ResidualBlock
+from sbm_fast.nn.blocks import Block
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -58,7 +58,7 @@ class Network(nn.Module):
     SIZES: ClassVar[tuple[str, ...]]
     """Entries of ``config`` that say how large the network is: ints, or lists of ints."""
     config: dict[str, Any]
-    _found: tuple[int, tuple[ResidualBlock, ...]] = 0, ()
+    _found: tuple[int, tuple[Block, ...]] = 0, ()
 
     def __init__(
         self,
@@ -77,9 +77,7 @@ class Network(nn.Module):
         self.predicts = options.choice("predicts", predicts, PREDICTIONS)
         self.time = time if callable(time) else options.choice("time", time, TIMES)
         self.sde = sde
-        self.sample_shape = (
-            None if sample_shape is None else options.shape(sample_shape, config["in_channels"])
-        )
+        self.sample_shape = None if sample_shape is None else self._checked_shape(sample_shape)
         self.sigma_data = options.real("sigma_data", sigma_data)
         if null_cond is not None and not isinstance(null_cond, Mapping):
             raise TypeError(
@@ -107,10 +105,13 @@ class Network(nn.Module):
     def body(self, x: Tensor, vs: Sequence[Tensor | None], scale: Tensor | None) -> Tensor:
         """F of x, the projections of all blocks in order, and `output_scale`."""
 
-    @property
     @abstractmethod
-    def factor(self) -> int:
-        """H and W of x must be divisible by this."""
+    def check_input(self, x: Tensor) -> None:
+        """ValueError for an x of another shape than the network takes."""
+
+    @abstractmethod
+    def _checked_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """``sample_shape`` as a tuple; TypeError or ValueError for one that it cannot be."""
 
     @classmethod
     @abstractmethod
@@ -122,13 +123,13 @@ class Network(nn.Module):
         """
 
     def forward(self, x: Tensor, label: Tensor, **cond: Any) -> Tensor:
-        """F(x, label, **cond): x [B, in_channels, H, W], label [B] -> [B, out_channels, H, W].
+        """F(x, label, **cond): x [B, …], label [B] -> F [B, …].
 
         Raises:
-            ValueError: x or label has another shape; H or W is not divisible by `factor`.
+            ValueError: x or label has another shape than the network takes.
             TypeError: a conditioning that the network does not take.
         """
-        self._check(x)
+        self.check_input(x)
         if label.shape != x.shape[:1]:
             raise ValueError(f"label must be [{x.shape[0]}] as the batch, got {list(label.shape)}")
         projections = self.projections()
@@ -139,16 +140,17 @@ class Network(nn.Module):
         return self.body(x, vs, self.output_scale(label))
 
     @property
-    def blocks(self) -> tuple[ResidualBlock, ...]:
+    def blocks(self) -> tuple[Block, ...]:
         """The residual blocks in the order in which they run."""
         # Looked for once. DataParallel's replicas copy what was found, but have their own blocks.
         if self._found[0] != id(self):
-            self._find_blocks()
+            self._finish()
         return self._found[1]
 
-    def _find_blocks(self) -> None:
-        blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
-        self._found = id(self), tuple(blocks)
+    def _finish(self) -> None:
+        """For subclasses, once their modules stand."""
+        found = tuple(module for module in self.modules() if isinstance(module, Block))
+        self._found = id(self), found
 
     def projections(self) -> list[nn.Linear]:
         """What gives every block its v from the embedding; empty for networks without time."""
@@ -163,13 +165,6 @@ class Network(nn.Module):
         if labels.ndim != 1:
             raise ValueError(f"labels must be [R], got {list(labels.shape)}")
         return Prepared(self, labels)
-
-    def _finish(self) -> None:
-        """For subclasses, once their modules stand."""
-        self._find_blocks()
-        # oneDNN and cuDNN run these convolutions up to three times as fast on NHWC; the weights'
-        # layout decides, so x may come in either.
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def peer_tensors(self) -> list[PeerTensor]:
         """The parameters and buffers of the published code's module of this configuration.
@@ -198,8 +193,8 @@ class Network(nn.Module):
         frequencies of a time embedding are not rounded. The file appears whole or not at all.
 
         Raises:
-            TypeError: ``time`` is a callable, the SDE is of an unknown class, or ``null_cond`` or
-                ``metadata`` holds what JSON cannot.
+            TypeError: ``time`` is a callable that is not of `sbm_fast.nn.labels`, the SDE is of an
+                unknown class, or ``null_cond`` or ``metadata`` holds what JSON cannot.
         """
         checkpoint.save(self, path, dtype=dtype, metadata=metadata)
 
@@ -241,14 +236,6 @@ class Network(nn.Module):
             name = type(self).__name__
             raise TypeError(f"{name} without time takes no conditioning, got {', '.join(cond)}")
         return self.body(x, [None] * len(self.blocks), scale)
-
-    def _check(self, x: Tensor) -> None:
-        channels, factor = self.config["in_channels"], self.factor
-        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(
-                f"x must be [B, {channels}, H, W] with H and W divisible by {factor}, "
-                f"got {list(x.shape)}"
-            )
 
 
 CHUNK = 64
@@ -300,6 +287,7 @@ class Prepared:
         self.rows = labels.shape[0]
         self._widths = [projection.out_features for projection in net.projections()]
         self._labels = labels
+        self._known: frozenset[str] = frozenset()
         self._held = self._made()
 
     def refresh(self) -> None:
@@ -331,14 +319,14 @@ class Prepared:
         return made
 
     def __call__(self, x: Tensor, row: Tensor, **cond: Any) -> Tensor:
-        """F [B, out_channels, H, W] of x [B, in_channels, H, W] and row [B], int32 or int64.
+        """F [B, …] of x [B, …] and row [B], int32 or int64.
 
         Raises:
             ValueError: x or row has another shape.
             TypeError: row holds no integers; a conditioning that the network does not take.
             IndexError: there is no such row (on a CPU; a GPU stops at it).
         """
-        self.net._check(x)
+        self.net.check_input(x)
         if row.shape != x.shape[:1]:
             raise ValueError(f"row must be [{x.shape[0]}] as the batch, got {list(row.shape)}")
         if row.dtype not in (torch.int32, torch.int64):
@@ -346,13 +334,15 @@ class Prepared:
         held, scale = self._held, None
         if "scale" in held:
             scale = held["scale"].index_select(0, row)
-        cond = {name: value for name, value in cond.items() if value is not None}
         if "v" not in held:
             # Without rows there are no samples either.
             return self.net._timeless(x, scale, {} if self._widths else cond)
-        if cond:
+        if any(value is not None for value in cond.values()):
             emb = self.net.embedding(held["part"].index_select(0, row), **cond)
             v = nn.functional.linear(emb, held["weight"], held["bias"])
         else:
+            if cond.keys() - self._known:  # a name that the network does not take is refused
+                self.net.embedding(held["part"][:0], **cond)
+                self._known = frozenset(cond)
             v = held["v"].index_select(0, row)
         return self.net.body(x, v.split(self._widths, dim=1), scale)

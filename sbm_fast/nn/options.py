@@ -105,14 +105,6 @@ def probability(name: str, value: Any) -> float:
     return float(value)
 
 
-def shape(values: Any, channels: int) -> tuple[int, ...]:
-    """``values`` as a tuple, if it is (channels, H, W)."""
-    sizes = positives("sample_shape", tuple(values))
-    if len(sizes) != 3 or sizes[0] != channels:
-        raise ValueError(f"sample_shape must be ({channels}, H, W), got {sizes}")
-    return sizes
-
-
 def fir(name: str, values: Any) -> tuple[float, ...]:
     """The taps of a resampling filter: 2 to 64 numbers whose sum is not 0."""
     if not isinstance(values, (list, tuple)) or not 2 <= len(values) <= 64:

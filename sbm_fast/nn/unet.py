@@ -20,11 +20,11 @@ from sbm_fast.nn.blocks import (
     zero,
 )
 from sbm_fast.nn.conv import Conv2d
-from sbm_fast.nn.embedding import FourierEmbedding, PositionalEmbedding, TimeEmbedding
-from sbm_fast.nn.network import Network
+from sbm_fast.nn.embedding import SCALES, time_embedding
+from sbm_fast.nn.image_network import ImageNetwork
 
 
-class UNet(Network):
+class UNet(ImageNetwork):
     """U-Net F(x, label): x [B, in_channels, H, W], label [B] -> [B, out_channels, H, W].
 
     A level is ``blocks_per_level`` residual blocks of ``channels * channel_mult[level]`` channels,
@@ -96,10 +96,10 @@ class UNet(Network):
             "middle_blocks": options.positive("middle_blocks", middle_blocks),
             "attention_levels": options.levels(attention_levels, len(channel_mult)),
             "heads": options.positive("heads", heads),
-            "embedding": options.choice("embedding", embedding, ("positional", "fourier")),
+            "embedding": options.choice("embedding", embedding, tuple(SCALES)),
             "embedding_scale": options.real(
                 "embedding_scale",
-                _SCALES[embedding] if embedding_scale is None else embedding_scale,
+                SCALES[embedding] if embedding_scale is None else embedding_scale,
             ),
             "embedding_width": options.positive(
                 "embedding_width", 4 * channels if embedding_width is None else embedding_width
@@ -133,9 +133,7 @@ class UNet(Network):
             attention = SelfAttention(widths[level], c["heads"], norm=norm)
             return Stage(block, attention)
 
-        even = max(4, width + width % 2)
-        features = PositionalEmbedding if c["embedding"] == "positional" else FourierEmbedding
-        self.embed = TimeEmbedding(features(even, c["embedding_scale"]), even, emb)
+        self.embed = time_embedding(c["embedding"], c["embedding_scale"], width, emb)
         self.first = Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.encoder, self.middle, self.decoder = (nn.ModuleList() for _ in range(3))
         now, deepest = widths[0], len(widths) - 1
@@ -197,6 +195,3 @@ class UNet(Network):
         elements = c["blocks_per_level"] * sum(width * (9 * width + emb) for width in widths)
         elements += c["middle_blocks"] * deepest * (9 * deepest + emb)
         return len(widths) * c["blocks_per_level"] + c["middle_blocks"], elements, sizes
-
-
-_SCALES = {"positional": 10_000.0, "fourier": 1.0}

@@ -19,7 +19,8 @@ import sbm_fast
 from sbm_fast import EDMSDE, VESDE, VPSDE, DDPMSchedule
 from sbm_fast.adapters import edm
 from sbm_fast.adapters._unpickle import Record
-from sbm_fast.nn import ADM, SongUNet
+from sbm_fast.model import as_score_model
+from sbm_fast.nn import ADM, Network, SongUNet
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "edm"
 CASES: dict[str, tuple[type, type, str, int]] = {
@@ -51,6 +52,24 @@ def close(ours: Tensor, theirs: Tensor) -> None:
     """1e-4 relative, to the largest of each sample."""
     scale = theirs.abs().amax((1, 2, 3), keepdim=True)
     assert ((ours - theirs).abs() / scale).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_a_snapshot_becomes_a_checkpoint(snapshots: Path, tmp_path: Path, name: str) -> None:
+    """Of this package: safetensors, that hold everything that samples are made with."""
+    model = edm.load(snapshots / f"{name}.pkl")
+    path = tmp_path / "net.safetensors"
+    model.net.save(path)
+    back = Network.load(path).eval()
+    assert as_score_model(back, None).time == model.time
+    assert repr(back.sde) == repr(model.sde) and back.variance == model.variance
+    sde = EDMSDE(0.1, 10.0)
+    runs = [
+        sbm_fast.sample(net, sde, (2, 3, 8, 8), method="edm", steps=3, seed=0)
+        for net in (model, back)
+    ]
+    assert torch.equal(*runs)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -137,6 +137,24 @@ def test_what_json_cannot_hold_is_refused(net: UNet, path: Path) -> None:
         net.save(path, dtype=torch.int8)
 
 
+@pytest.mark.parametrize(
+    ("time", "named"),
+    [
+        ({"class": "exec", "code": "1"}, "time must name one of HalfLog"),
+        ({"class": "Steps", "steps": "many"}, "M: expected a number of steps"),
+        ({"class": "Steps"}, "Steps takes steps"),
+        ({"class": "HalfLog", "sde": None}, "sde: expected an SDE"),
+        ({"class": "NearestLevel", "sde": {"class": "VPSDE", "beta_min": 0.1, "beta_max": 20.0}},
+         "expected a DDPMSchedule"),
+        (["t"], "time must be one of"),
+    ],
+)  # fmt: skip
+def test_a_time_that_is_none_is_named(path: Path, time: Any, named: str) -> None:
+    rewrite(path, {"time": time})
+    with pytest.raises(ValueError, match=f"cannot load .*{named}"):
+        UNet.load(path)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors"):
         UNet.load(tmp_path / "nowhere.safetensors")

@@ -109,6 +109,9 @@ def test_none_is_no_conditioning() -> None:
     prepared = case.network().prepare(plan_of(case))
     x, row = case.image(), torch.tensor([0, 1])
     assert torch.equal(prepared(x, row, class_labels=None), prepared(x, row))
+    for nothing in ({"size": None}, {"class_labels": None, "size": None}):
+        with pytest.raises(TypeError, match="size"):
+            prepared(x, row, **nothing)
     assert products(prepared, case, class_labels=None) == 0  # type: ignore[arg-type]
 
 
