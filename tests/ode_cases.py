@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sbm_fast.backend import choose_backend
-from sbm_fast.ode import Adaptive, Solution, Tolerance, solve_fixed
+from sbm_fast.ode import Adaptive, Solution, Tolerance, solve_fixed, solve_torchdiffeq
 from sbm_fast.runge_kutta import DOPRI5, TABLEAUS
 from sbm_fast.stages import Instant
 
@@ -142,3 +143,33 @@ class NoHostReads(TorchDispatchMode):
         if any(read in name for read in reads) or name == "aten::equal":
             raise AssertionError(f"{name} is a read by the host")
         return func(*args, **(kwargs or {}))
+
+
+def error(f: Slope, u: Tensor, rate: Tensor, solution: Solution, begin: float, end: float) -> float:
+    return float((solution.u - exact(f, u, rate, begin, end)).abs().max())
+
+
+def same(a: Solution, b: Solution) -> bool:
+    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Solution))
+
+
+def taken(a: Solution, samples: Tensor) -> Solution:
+    """The solution of these samples alone."""
+    integrals = a.integrals[:, samples]
+    return Solution(a.u[samples], integrals, a.nfe[samples], a.finished[samples])
+
+
+WORK: dict[str, Any] = {"integrands": (lambda t, u, rate: (u * u).sum(1),)}
+
+
+def hard(n: int = 13, dtype: torch.dtype = torch.float32) -> tuple[Rates, Tensor]:
+    """Samples whose numbers of steps differ by far; every operation is exactly rounded."""
+    rate = (rates(n, 0.1, 4.0) ** 2)[torch.randperm(n, generator=torch.Generator().manual_seed(1))]
+    return Rates(logistic, rate, net_dtype=dtype, **WORK), states(n, 5, dtype=dtype)
+
+
+def peer(system: Rates, u: Tensor, end: float, tol: float = 1e-6, **more: Any) -> Solution:
+    pytest.importorskip("torchdiffeq")
+    limits = Tolerance(tol, tol, more.pop("max_nfe", 10_000))
+    method = more.pop("method", "dopri5")
+    return solve_torchdiffeq(system, u, (0.0, end), method=method, tolerance=limits, **more)

@@ -86,7 +86,7 @@ def test_fixed_grids_approach_the_adaptive_solver(sde: SDE, solver: str) -> None
         errors.append(float((z - exact).abs().max()))
         stages = {"euler": 1, "heun": 2, "rk4": 4}[solver]
         assert info.nfe.tolist() == [stages * steps] * 4 and info.finished.all()
-    # Orders to the digit are those of test_ode; here the grid is still coarse.
+    # Orders to the digit are those of test_ode_accuracy; here the grid is still coarse.
     assert errors[1] < errors[0] / 2 ** (order - 1)
     assert errors[1] < {"euler": 0.2, "heun": 0.02, "rk4": 2e-3}[solver] * sde.prior_std
 
