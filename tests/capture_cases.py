@@ -137,3 +137,9 @@ def fake_gpu() -> Iterator[None]:
     finally:
         if missing:
             guards[cuda] = None
+
+
+def pair(name: str = "em", net: Any = cases.network, **more: Any) -> tuple[Any, Any, Any]:
+    """(loop, replaying sampler, its recorder)"""
+    loop, replay = (cases.sampler(name, SHAPE, net, **more) for _ in range(2))
+    return loop, replay, recorded(replay)
