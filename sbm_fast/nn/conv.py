@@ -31,9 +31,13 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True, eq=False)
 class _Pack:
-    """Weight and bias, ready for one way to convolve, and the state of what they came from."""
+    """Weight and bias, ready for one way to convolve, and the state of what they came from.
+
+    It keeps those tensors: as long as it stands, no other has their identity or address.
+    """
 
     source: tuple[object, ...]
+    origin: tuple[Tensor, Tensor | None]
     weight: Tensor
     bias: Tensor | None
 
@@ -54,7 +58,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, *, gain: float = 1.0, plus: Tensor | None = None) -> Tensor:
         """y [B, out_channels, H', W'] of x [B, in_channels, H, W]; plus like y."""
-        if torch.compiler.is_compiling() or self._users == 0 or not self._can_pack(x):
+        if torch.compiler.is_compiling() or self._users == 0 or not self._can_pack(x, plus):
             y = super().forward(x)
             if plus is not None:
                 y = y + plus
@@ -70,14 +74,15 @@ class Conv2d(nn.Conv2d):
         )  # fmt: skip
         return y if plus is None else y.add_(plus, alpha=gain)
 
-    def _can_pack(self, x: Tensor) -> bool:
-        weight = self.weight
+    def _can_pack(self, x: Tensor, plus: Tensor | None) -> bool:
+        weight, bias = self.weight, self.bias
         return (
             x.dtype == weight.dtype == torch.float32
             and x.device.type == weight.device.type == "cpu"
             and type(x) is Tensor
             and type(weight) is nn.Parameter
             and not weight.is_inference()
+            and not (bias is not None and bias.is_inference())
             and weight.numel() >= SMALLEST
             and x.ndim == 4
             and x.numel() > 0
@@ -85,11 +90,11 @@ class Conv2d(nn.Conv2d):
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
             and not torch.is_autocast_enabled("cpu")
-            and not self._differentiated(x)
+            and not self._differentiated(x, plus)
         )
 
-    def _differentiated(self, x: Tensor) -> bool:
-        given = x, self.weight, self.bias
+    def _differentiated(self, x: Tensor, plus: Tensor | None) -> bool:
+        given = x, plus, self.weight, self.bias
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
             return True
         return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
@@ -103,9 +108,9 @@ class Conv2d(nn.Conv2d):
 
     def _packed(self, side: int, gain: float) -> _Pack:
         weight, bias = self.weight, self.bias
-        source: tuple[object, ...] = gain, weight.data_ptr(), weight._version
+        source: tuple[object, ...] = gain, id(weight), weight.data_ptr(), weight._version
         if bias is not None:
-            source += bias.data_ptr(), bias._version
+            source += id(bias), bias.data_ptr(), bias._version
         packs = self._packs
         if packs is None:
             packs = self._packs = {}
@@ -114,7 +119,7 @@ class Conv2d(nn.Conv2d):
             with torch.no_grad():
                 made = self._for_winograd(side) if side else self._for_onednn(gain)
                 own_bias = None if bias is None else bias.detach() * gain
-            pack = packs[side] = _Pack(source, made, own_bias)
+            pack = packs[side] = _Pack(source, (weight, bias), made, own_bias)
         return pack
 
     def _for_winograd(self, side: int) -> Tensor:

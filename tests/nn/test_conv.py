@@ -65,6 +65,24 @@ def test_new_weights_are_noticed() -> None:
         torch.testing.assert_close(conv(x).double(), expected(conv, x), rtol=1e-5, atol=1e-5)
 
 
+def test_new_weights_at_an_old_address_are_noticed() -> None:
+    conv, x = case(), image()
+    with torch.no_grad(), packed(conv):
+        for _ in range(10):
+            conv(x)
+            for _ in range(2):
+                new = {name: torch.randn_like(v) for name, v in conv.state_dict().items()}
+                conv.load_state_dict(new, assign=True)
+            torch.testing.assert_close(conv(x).double(), expected(conv, x), rtol=1e-4, atol=1e-4)
+        conv(x)
+        conv.weight = torch.nn.Parameter(conv.weight.data)  # its version counts anew
+        conv.weight.mul_(2.0)
+        conv(x)
+        conv.weight = torch.nn.Parameter(conv.weight.data)
+        conv.weight.mul_(2.0)
+        torch.testing.assert_close(conv(x).double(), expected(conv, x), rtol=1e-4, atol=1e-4)
+
+
 def test_packs_live_as_long_as_the_outermost_block() -> None:
     conv = case()
     with torch.no_grad(), packed(torch.nn.Sequential(conv)):
@@ -87,8 +105,24 @@ def test_derivatives_go_torchs_way() -> None:
         assert tangent.abs().sum() > 0 and conv._packs is None
 
 
+@pytest.mark.parametrize(("batch", "size"), [(1, 8), (3, 19)])
+def test_the_gradient_of_what_is_added(batch: int, size: int) -> None:
+    """Also where nothing else wants one."""
+    conv, x = case().requires_grad_(False), image(batch, size)
+    plus = torch.zeros_like(expected(conv, x), dtype=torch.float32, requires_grad=True)
+    with packed(conv):
+        conv(x, plus=plus, gain=0.5).sum().backward()
+    assert plus.grad is not None and plus.grad.eq(0.5).all()
+
+
 def test_other_inputs_go_torchs_way() -> None:
     conv = case()
+    with torch.inference_mode():
+        bias = torch.nn.Parameter(torch.zeros(72))  # has no version counter
+    inferring = case()
+    inferring.bias = bias
+    with torch.no_grad(), packed(inferring):
+        assert inferring(image()).shape == (2, 72, 9, 9) and inferring._packs is None
     with torch.no_grad(), packed(conv):
         assert conv(image(batch=0)).shape == (0, 72, 9, 9)
         assert conv(image()[0]).shape == (72, 9, 9)
