@@ -30,7 +30,7 @@ class ImageNetwork(Network):
 
     def _checked_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         channels = self.config["in_channels"]
-        sizes = options.positives("sample_shape", tuple(shape))
+        sizes = options.positives("sample_shape", shape)
         if len(sizes) != 3 or sizes[0] != channels:
             raise ValueError(f"sample_shape must be ({channels}, H, W), got {sizes}")
         return sizes

@@ -99,7 +99,7 @@ class MLP(Network):
             raise ValueError(f"x must be [B, {self.config['features']}], got {list(x.shape)}")
 
     def _checked_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        sizes = options.positives("sample_shape", tuple(shape))
+        sizes = options.positives("sample_shape", shape)
         if sizes != (self.config["features"],):
             raise ValueError(f"sample_shape must be ({self.config['features']},), got {sizes}")
         return sizes

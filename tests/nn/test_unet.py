@@ -140,6 +140,7 @@ def test_number_of_parameters() -> None:
         ({"predicts": "epsilon"}, ValueError, "predicts"),
         ({"time": "seconds"}, ValueError, "time"),
         ({"sample_shape": (3, 8, 8)}, ValueError, "sample_shape"),
+        ({"sample_shape": 8}, TypeError, "sample_shape"),
         ({"sigma_data": float("nan")}, ValueError, "sigma_data"),
     ],
 )
