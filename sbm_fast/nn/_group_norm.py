@@ -33,10 +33,10 @@ def without_gaps(x: Tensor) -> Tensor:
 
 
 def lying_as(v: Tensor, x: Tensor) -> Tensor:
-    """v with the memory layout of x."""
-    if v is x or v.stride() == x.stride():
+    """v with the memory layout of x; as it is where its shape is another, which the ops refuse."""
+    if v is x or v.stride() == x.stride() or v.shape != x.shape:
         return v
-    return torch.empty_like(x, dtype=v.dtype).copy_(v)
+    return v.new_empty_strided(x.shape, x.stride()).copy_(v)
 
 
 def _row(v: MaybeTensor) -> MaybeTensor:
@@ -168,7 +168,8 @@ def _over_vmap(
     """The function over a mapped dimension, which becomes part of the batch; where a `shared`
     argument [C] is mapped as well, one call after the other."""
     size = info.batch_size
-    if any(dims[i] is not None for i in shared):
+    mapped = [i for i in shared if dims[i] is not None]
+    if mapped and size:
         calls = [
             function.apply(*(
                 v if d is None else v.select(d, k) for v, d in zip(arguments, dims, strict=True)
@@ -180,7 +181,10 @@ def _over_vmap(
         _fold(v, d, size) if isinstance(v, Tensor) and i not in shared else v
         for i, (v, d) in enumerate(zip(arguments, dims, strict=True))
     ]
-    return tuple(v.unflatten(0, (size, -1)) for v in function.apply(*folded)), 0
+    for i in mapped:  # over nothing: any values do
+        folded[i] = arguments[i].sum(dims[i])
+    batch = next(n for d, n in enumerate(arguments[0].shape) if d != dims[0])
+    return tuple(v.unflatten(0, (size, batch)) for v in function.apply(*folded)), 0
 
 
 class _Product(Function):

@@ -60,31 +60,43 @@ def group_norm_silu(
     """
     keep = return_sum and (add is not None or residual is not None or gain != 1.0)
     tensors = (x, weight, bias, scale, shift, add, residual)
-    function, checks = _function(tensors)
-    # The kernels refuse bad tensors themselves: good ones are not looked at twice.
-    if not checks or not 0.0 <= eps < math.inf or gain != 1.0 or activation != "silu":
-        _check(tensors, num_groups, eps, gain, activation)
+    numbers = (num_groups, eps, gain, activation)
+    checked = False
     try:
+        function, checks = _function(tensors)
+        # The kernels refuse bad tensors themselves: good ones are not looked at twice.
+        if not checks or not _usual(*numbers):
+            _check(tensors, *numbers)
+            checked = True
         results = function(*tensors, num_groups, eps, gain, activation == "silu", keep)
     except Exception:
-        if checks:
-            _check(tensors, num_groups, eps, gain, activation)
+        if not checked:
+            _check(tensors, *numbers)
         raise
     if not return_sum:
         return results[0]
     return results[0], results[2] if keep else x
 
 
+def _usual(groups: object, eps: object, gain: object, activation: object) -> bool:
+    """Whether `_check` has nothing to say of these but that groups may divide no channels."""
+    usual = type(groups) is int and type(eps) is float and 0.0 <= eps < math.inf
+    return usual and type(gain) is float and gain == 1.0 and activation == "silu"
+
+
 def _function(tensors: tuple[Tensor | None, ...]) -> tuple[Callable[..., tuple[Tensor, ...]], bool]:
     """The op alone where nothing is differentiated, which costs least; and whether what is called
     checks the tensors before it does anything else."""
     wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+    dual, transformed = forward_ad._current_level >= 0, torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling():
+        if dual or transformed:  # torch.compile takes no Function with rules for these
+            return _group_norm.formula, False
         return (_group_norm.Reverse.apply if wanted else _group_norm.run), False
-    if torch._C._are_functorch_transforms_active():
+    if transformed:
         nested = _group_norm.nested_forward_mode()
         return (_group_norm.formula if nested else _group_norm.GroupNormSiLU.apply), False
-    if wanted or forward_ad._current_level >= 0:
+    if wanted or dual:
         return _group_norm.GroupNormSiLU.apply, False
     x = tensors[0]
     assert x is not None
@@ -98,6 +110,9 @@ def _check(
     gain: float,
     activation: str | None,
 ) -> None:
+    for name, v in zip(("x", *NAMES), tensors, strict=True):
+        if not isinstance(v, Tensor) and (v is not None or name == "x"):
+            raise TypeError(f"{name}: expected a tensor, got {type(v).__name__}")
     x, *others = tensors
     assert x is not None
     if x.ndim < 2:
@@ -114,9 +129,14 @@ def _check(
     for name, v in zip(("x", *NAMES), tensors, strict=True):
         if v is not None and v.dtype not in DTYPES:
             raise TypeError(f"{name}: expected one of {DTYPES}, got {v.dtype}")
+        if v is not None and v.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device}, got one on {v.device}")
+    for name, number in (("eps", eps), ("gain", gain)):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {type(number).__name__} {number!r}")
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
-    if gain == 0.0 or not math.isfinite(gain):
+    if gain == 0.0 or not -math.inf < gain < math.inf:
         raise ValueError(f"gain: expected a finite number other than 0, got {gain!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")

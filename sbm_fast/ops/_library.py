@@ -68,8 +68,22 @@ def register(
     if cpu_only or not cuda_twin or ON_CUDA != "cuda":
         by_triton = _HAS_TRITON and not cpu_only
         _library.impl(name, _triton_op(name) if by_triton else reference, "CUDA")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _fake(schema), lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _fake(schema: str) -> Callable[..., None]:
+    """Refuses a meta tensor beside one that has data, whose op would be skipped silently."""
+    names = [argument.name for argument in torch._C.parse_schema(schema).arguments]
+
+    def fake(*arguments: object) -> None:
+        given = zip(names, arguments, strict=False)  # the last ones may have defaults
+        tensors = {name: v for name, v in given if isinstance(v, torch.Tensor)}
+        on_meta = [name for name, v in tensors.items() if v.device.type == "meta"]
+        if 0 < len(on_meta) < len(tensors):
+            raise RuntimeError(f"{on_meta[0]}: expected a tensor with data, got a meta tensor")
+
+    return fake
 
 
 def _triton_op(name: str) -> Callable[..., None]:

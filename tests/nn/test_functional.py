@@ -181,6 +181,61 @@ def test_compiles_as_a_full_graph(backend: str, wants: bool) -> None:
         torch.testing.assert_close(*gradients)
 
 
+def by_weight(x: Tensor, weight: Tensor) -> Tensor:
+    return group_norm_silu(x, 2, weight, torch.ones(4), gain=0.7)
+
+
+TRANSFORMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "grad": lambda x, w: torch.func.grad(lambda *v: by_weight(*v).square().sum(), (0, 1))(x, w),
+    "vjp": lambda x, w: torch.func.vjp(by_weight, x, w)[1](x.cos()),
+    "jvp": lambda x, w: torch.func.jvp(by_weight, (x, w), (x.cos(), w.sin())),
+    "vmap": lambda x, w: torch.func.vmap(by_weight, (None, 0))(x, torch.stack([w, 2 * w])),
+    "jacfwd": lambda x, w: torch.func.jacfwd(by_weight)(x, w),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_compiles_transforms(name: str) -> None:
+    """The op alone would have no derivatives there: they were zeros."""
+    torch._dynamo.reset()
+    x, weight = inputs((2, 4, 3), F32)[:2]
+    with torch.no_grad():
+        want = TRANSFORMED[name](x, weight)
+        compiled = torch.compile(TRANSFORMED[name], fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, weight), want)
+
+
+def test_dual_tensors_in_compiled_functions() -> None:
+    torch._dynamo.reset()
+    x, weight = inputs((2, 4, 3), F32)[:2]
+    compiled = torch.compile(by_weight, fullgraph=True, backend="aot_eager")
+    with forward_ad.dual_level():
+        tangents = [
+            forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.cos()), weight)).tangent
+            for f in (compiled, by_weight)
+        ]
+    assert tangents[0] is not None
+    torch.testing.assert_close(*tangents)
+
+
+def test_compiles_with_a_gain_that_changes() -> None:
+    torch._dynamo.reset()
+    x = inputs((2, 4, 3), F32)[0]
+    compiled = torch.compile(
+        lambda gain: group_norm_silu(x, 2, gain=gain), fullgraph=True, backend="aot_eager"
+    )
+    for gain in (0.5, 0.7, 0.9):
+        torch.testing.assert_close(compiled(gain), group_norm_silu(x, 2, gain=gain))
+
+
+@pytest.mark.parametrize("mapped", [(0,), (1,), (0, 1)])
+def test_vmap_over_nothing(mapped: tuple[int, ...]) -> None:
+    x, weight = inputs((2, 4, 3), F32)[:2]
+    at = [v.new_zeros(0, *v.shape) if i in mapped else v for i, v in enumerate((x, weight))]
+    dims = tuple(0 if i in mapped else None for i in range(2))
+    assert torch.vmap(by_weight, in_dims=dims)(*at).shape == (0, 2, 4, 3)
+
+
 def test_memory_formats() -> None:
     x = torch.randn(2, 6, 4, 5)
     plain = group_norm_silu(x, 3)
@@ -232,6 +287,21 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, r"add: .*\[2, 4\], got \[1, 4\]", {"add": torch.zeros(1, 4)}),
     (TypeError, "add: .*got torch.complex64", {"add": torch.zeros(2, 4, dtype=torch.complex64)}),
     (ValueError, r"residual: .*got \[2, 4, 3\]", {"residual": torch.zeros(2, 4, 3)}),
+    (ValueError, r"residual: .*got \[2, 1, 1, 1\]", {"residual": torch.zeros(2, 1, 1, 1)}),
+    (ValueError, r"residual: .*got \[4, 3, 3\]", {"residual": torch.zeros(4, 3, 3)}),
+    (ValueError, r"residual: .*got \[\]", {"residual": torch.tensor(1.0)}),
+    (ValueError, "weight: .*on cpu, got one on meta", {"weight": torch.ones(4, device="meta")}),
+    (
+        ValueError,
+        "residual: .*on cpu, got one on meta",
+        {"residual": torch.zeros(2, 4, 3, 3, device="meta").transpose(2, 3)},
+    ),
+    (TypeError, "x: expected a tensor, got list", {"x": [[1.0]]}),
+    (TypeError, "bias: expected a tensor, got float", {"bias": 1.0}),
+    (TypeError, "num_groups: expected an int, got bool True", {"num_groups": True}),
+    (TypeError, "num_groups: .*got Tensor", {"num_groups": torch.tensor(2)}),
+    (TypeError, "eps: expected a number, got NoneType", {"eps": None}),
+    (TypeError, "gain: expected a number, got Tensor", {"gain": torch.tensor(2.0)}),
     (ValueError, "eps: .*got -1.0", {"eps": -1.0}),
     (ValueError, "eps: .*got nan", {"eps": float("nan")}),
     (ValueError, "gain: .*got 0.0", {"gain": 0.0}),
@@ -244,8 +314,11 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
 def test_bad_arguments_are_named(
     error: type[Exception], message: str, change: dict[str, Any]
 ) -> None:
+    at = {"x": IMAGE, "num_groups": 2} | change
     with pytest.raises(error, match=message):
-        group_norm_silu(**({"x": IMAGE, "num_groups": 2} | change))
+        group_norm_silu(**at)
+    with pytest.raises(error, match=message):  # the op alone is called otherwise
+        group_norm_silu(**({"shift": torch.zeros(2, 4, requires_grad=True)} | at))
 
 
 def test_module() -> None:

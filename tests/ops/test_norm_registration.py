@@ -116,3 +116,13 @@ def test_its_product_names_what_is_wrong(
     message = message if backend == "cpu" else message.replace("CPU ", "")
     with pytest.raises(RuntimeError, match=rf"{name}: .*{message}"):
         call(backend, "group_norm_silu_product_", *given.values())
+
+
+def test_a_meta_tensor_beside_others_is_refused() -> None:
+    """One is enough for torch to skip an op as it does for shapes alone: out kept what it had."""
+    given = norm_arguments(norm_cases.norm((3, 4, 2, 5), 2, rows="weight"))
+    given["weight"] = given["weight"].to("meta")
+    with pytest.raises(RuntimeError, match=r"weight: .*got a meta tensor"):
+        torch.ops.sbm_fast.group_norm_silu_(*given.values())
+    every = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    torch.ops.sbm_fast.group_norm_silu_(*every.values())
