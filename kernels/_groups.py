@@ -183,6 +183,12 @@ def spread(v, DEPTH: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def values_of_group(pixels, D: tl.constexpr, A: tl.constexpr):
+    """How many values a group has: more than 31 bits can say, where samples are so large."""
+    return (tl.cast(pixels, tl.int64) * D).to(A)
+
+
+@triton.jit
 def inverse_root(variance, eps):
     return divide(variance * 0.0 + 1.0, root(variance + eps))
 

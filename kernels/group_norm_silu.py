@@ -26,6 +26,7 @@ from ._groups import (
     sigmoid,
     spread,
     tile_at,
+    values_of_group,
     write,
 )
 from ._row import divide, float64_of
@@ -72,7 +73,7 @@ def hold(
     h = summed(x, residual, add, add_step, gain, at, lanes, A, WHOLE)
     if total[0] is not None:
         write(total, at, h, WHOLE)
-    count = (pixels * D).to(A)
+    count = values_of_group(pixels, D, A)
     kept = h if WHOLE else tl.where(at[3], h, 0.0)
     mean = divide(over_group(kept, DEPTH, GROUPS, PIXELS, LAST), count)
     deviation = h - spread(mean, DEPTH, GROUPS)[None, :]
@@ -144,7 +145,7 @@ def merged(
     squares = tl.load(partial + 2 * where + 1, mask=exists, other=0.0)
     values = values_of_chunk(chunk, tiles, pixels, D, PIXELS).to(A)
     values = tl.where(chunk < chunks, values, 0.0)[:, None]
-    count = (pixels * D).to(A)
+    count = values_of_group(pixels, D, A)
     mean = divide(over_pixels(values * means, CHUNKS), count)
     apart = means - mean[None, :]
     variance = divide(over_pixels(tl.fma(values * apart, apart, squares), CHUNKS), count)

@@ -25,6 +25,7 @@ from ._groups import (
     sigmoid,
     spread,
     tile_at,
+    values_of_group,
     write,
 )
 from ._row import divide, float64_of
@@ -86,7 +87,7 @@ def group_sums(
 @triton.jit
 def means_of(of_group, pixels, D: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr):
     """Means over each group, on its lanes."""
-    count = (pixels * D).to(of_group[0].dtype)
+    count = values_of_group(pixels, D, of_group[0].dtype)
     normal_mean, plain_mean = divide(of_group[0], count), divide(of_group[1], count)
     return spread(normal_mean, DEPTH, GROUPS), spread(plain_mean, DEPTH, GROUPS)
 

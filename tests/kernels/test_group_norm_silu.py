@@ -208,3 +208,18 @@ def test_offsets_beyond_two_to_the_31(pixels: int, last: bool) -> None:
             there = p < 5 and lane % 4 < d
             place = (batch - 1) * image + (pixels - 5 + p) * steps[1] + c * steps[2]
             assert out[p, lane] == (place if there else -1)
+
+
+@triton.jit
+def mean_of_many(out: Any, pixels: Any, D: tl.constexpr) -> None:
+    one = tl.zeros([1], tl.float32) + 1.0
+    first, second = group_norm_silu_product.means_of((one, 2.0 * one), pixels, D, 1, 1)
+    tl.store(out + tl.arange(0, 1), first)
+    tl.store(out + 1 + tl.arange(0, 1), second)
+
+
+def test_groups_of_more_values_than_31_bits_count() -> None:
+    """2³³ values; only their number is at hand."""
+    out = torch.zeros(2, device="cuda" if GPU else "cpu")
+    mean_of_many[(1,)](out, 2**23, 1024)
+    assert out.tolist() == [2.0**-33, 2.0**-32]
