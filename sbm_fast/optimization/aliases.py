@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import types
 from collections.abc import Collection
 from typing import Any
 
@@ -14,19 +15,26 @@ from sbm_fast.optimization.silu import known_silu
 
 _HARMLESS = {
     "chunk", "split", "unbind", "unsqueeze", "squeeze", "view", "reshape", "to", "type", "float",
-    "flatten", "permute", "transpose", "expand", "type_as", "dim", "size", "len", "hasattr",
-    "isinstance", "is_grad_enabled",
+    "flatten", "permute", "transpose", "expand", "type_as", "dim", "size", "is_grad_enabled",
 }  # fmt: skip
+"""Methods of tensors, and functions of torch."""
+_HARMLESS_BUILTINS = {"len", "hasattr", "isinstance"}
+_INNER = (
+    ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+    | ast.GeneratorExp | ast.ListComp | ast.SetComp | ast.DictComp
+)  # fmt: skip
 
 
 class Aliases:
     """Groups of variables, over the whole function: two are in one group if one may ever have been
     assigned the other's tensor, or a view of it."""
 
-    def __init__(self, statements: list[ast.stmt], scope: Scope) -> None:
+    def __init__(self, statements: list[ast.stmt], scope: Scope, captured: Collection[str]) -> None:
         self._scope = scope
         self._group: dict[str, set[str]] = {}
-        self._written: set[str] = set()
+        self.captured = frozenset(captured)
+        """Variables that inner functions may read or write into, whenever they are called."""
+        self._written = set(captured)
         for statement in statements:
             if isinstance(statement, ast.Assign):
                 self._join(statement.targets, statement.value)
@@ -81,14 +89,23 @@ class Aliases:
         )
 
     def _writes_into(self, call: ast.Call) -> bool:
-        """By its name, by a keyword, by a module's ``inplace``; or the function is a local
-        variable, which may be any module."""
+        """By its name, by the argument ``inplace``, by a module's ``inplace``; or the function is a
+        local variable, which may be any module, or somebody's own function or method."""
         if _ends_in_underscore(call) or any(k.arg in ("inplace", "out") for k in call.keywords):
             return True
         function = self._scope.resolve(call.func)
         if isinstance(function, nn.Module):
             return any(getattr(module, "inplace", False) for module in function.modules())
-        return function is UNKNOWN and isinstance(call.func, ast.Name | ast.Subscript)
+        if isinstance(function, types.FunctionType):
+            if known_silu(function):
+                return False
+            positional = function.__code__.co_varnames[: len(call.args)]
+            return "inplace" in positional or not function.__module__.startswith("torch.")
+        if function is not UNKNOWN:
+            return False
+        if isinstance(call.func, ast.Attribute):
+            return isinstance(self._scope.resolve(call.func.value), nn.Module)
+        return isinstance(call.func, ast.Name | ast.Subscript)
 
     def _join(self, targets: list[ast.expr], value: ast.expr) -> None:
         if isinstance(value, ast.Tuple) and len(targets) == 1:
@@ -122,10 +139,22 @@ def makes_new(function: Any) -> bool:
     if isinstance(function, FusedNorm):
         return True
     if isinstance(function, nn.Module):
-        weight = function._parameters.get("weight")
-        if weight is not None and weight.ndim > 1:
+        weight = getattr(function, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim > 1:
             return True
     return known_silu(function) and not getattr(function, "inplace", False)
+
+
+def captured(definition: ast.FunctionDef) -> set[str]:
+    """Names that inner functions and comprehensions use, which may run at any time and more than
+    once, or that are deleted or not local: they never hold anything that waits."""
+    names: set[str] = set()
+    for node in ast.walk(definition):
+        if isinstance(node, ast.Global | ast.Nonlocal):
+            names.update(node.names)
+        if node is not definition and isinstance(node, _INNER | ast.Delete):
+            names.update(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
+    return names
 
 
 def names_in(node: ast.AST) -> set[str]:
@@ -142,6 +171,13 @@ def _ends_in_underscore(call: ast.Call) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+def _harmless(function: ast.expr) -> bool:
+    if isinstance(function, ast.Name):
+        return function.id in _HARMLESS_BUILTINS
+    own = isinstance(function, ast.Attribute) and ast.unparse(function.value) == "self"
+    return not own and getattr(function, "attr", "") in _HARMLESS
+
+
 def quiet(
     node: ast.expr, behind: Collection[str] | None = None, aliases: Aliases | None = None
 ) -> bool:
@@ -152,14 +188,13 @@ def quiet(
             return False
         if not isinstance(call, ast.Call):
             continue
-        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-        if name in _HARMLESS:
+        if _harmless(call.func):
             continue
         if (
             _ends_in_underscore(call)
             or behind is None
             or aliases is None
-            or names_in(call) & set(behind)
+            or (names_in(call) | aliases.captured) & set(behind)
         ):
             return False
     return True

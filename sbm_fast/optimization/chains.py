@@ -19,12 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sbm_fast.optimization.aliases import Aliases, makes_new, names_in, quiet
+from sbm_fast.optimization.aliases import Aliases, captured, makes_new, names_in, quiet
 from sbm_fast.optimization.joined import FusedNorm
 from sbm_fast.optimization.scope import END, UNKNOWN, Flow, Scope, expressions, loads
 from sbm_fast.optimization.silu import known_silu
-
-_NESTED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
 
 
 @dataclass(eq=False)
@@ -76,10 +74,10 @@ class Chains:
     def __init__(self, definition: ast.FunctionDef, scope: Scope) -> None:
         self.scope = scope
         self.flow = Flow(definition, scope)
-        self.aliases = Aliases(self.flow.statements, scope)
+        self._never = captured(definition)
+        self.aliases = Aliases(self.flow.statements, scope, self._never)
         self.definitions: dict[ast.stmt, Definition] = {}
         self._held: dict[str, frozenset[str]] = {}
-        self._never = _captured(definition)
         while self._grow():
             pass
         while self._prune():
@@ -120,7 +118,7 @@ class Chains:
                 shift, scale = node.args[0], _plus_one(node.args[3 - place])
                 if not inner or "norm" not in inner.kinds or scale is None:
                     continue
-                if self._calm(inner, scale) and self.aliases.lasting(shift):
+                if self._calm(inner, scale, place == 2) and self.aliases.lasting(shift):
                     others = node.func, shift, scale
                     return Link("addcmul", node, inner, others, frozenset({"norm"}))
         if len(node.args) != 1 or any(k.arg != "inplace" for k in node.keywords):
@@ -142,9 +140,10 @@ class Chains:
         pairs = (node.left, node.right), (node.right, node.left)
         if isinstance(node.op, ast.Mult):
             for one, other in pairs:
+                first = other is node.left
                 inner, scale = self.match(one, statement), _plus_one(other)
                 if inner and "norm" in inner.kinds:
-                    if scale is not None and self._calm(inner, scale):
+                    if scale is not None and self._calm(inner, scale, first):
                         return Link("times", node, inner, (scale,), frozenset({"norm"}))
                     if self._is_sigmoid(other, one):
                         assert isinstance(other, ast.Call)
@@ -153,14 +152,17 @@ class Chains:
             for one, other in pairs:
                 inner = self.match(one, statement)
                 scaled = inner and "norm" in inner.kinds and self._scaled(inner, statement)
-                if inner and scaled and self._calm(inner, other):
+                if inner and scaled and self._calm(inner, other, other is node.left):
                     return Link("plus", node, inner, (other,), frozenset({"norm"}))
             if all(self._kept(part, statement) for part in (node.left, node.right)):
                 return Link("sum", node, None, (node.left, node.right), frozenset({"sum"}))
         return None
 
-    def _calm(self, link: Link, between: ast.expr) -> bool:
-        """Whether what runs before a waiting norm is made leaves the norm's tensors alone."""
+    def _calm(self, link: Link, between: ast.expr, first: bool) -> bool:
+        """Whether what runs before a waiting norm is made leaves the norm's tensors alone, and
+        whether what runs ``first`` may run behind the link (calls may draw random numbers)."""
+        if first and link.op != "variable" and not quiet(between):
+            return False
         behind = self.aliases.of(names_in(link.node))
         return quiet(between, behind, self.aliases) and self.aliases.lasting(between)
 
@@ -204,7 +206,7 @@ class Chains:
 
     def _maker(self, name: str, statement: ast.stmt) -> ast.expr | None:
         """self.conv of ``name = self.conv(…)``, if nothing has read the variable since."""
-        before = self.flow.before(statement)
+        before = self.flow.before(statement, name)
         while before is not None:
             if _target(before) == name:
                 assert isinstance(before, ast.Assign)
@@ -214,7 +216,7 @@ class Chains:
                 return made.func if isinstance(self.scope.resolve(made.func), nn.Module) else None
             if not isinstance(before, ast.Assign) or loads(before, name) or _stores(before, name):
                 return None
-            before = self.flow.before(before)
+            before = self.flow.before(before, name)
         return None
 
     def waiting(self, statement: ast.stmt) -> Definition | None:
@@ -286,6 +288,7 @@ class Chains:
         if loads(statement, found.name):
             return self._continues(found, statement)
         plain = not isinstance(statement, ast.Return) and not _stores(statement, found.name)
+        plain = plain and all(map(_only_names, getattr(statement, "targets", [])))
         if plain and all(quiet(e) for e in expressions(statement)):
             return self._leads(found, self.flow.after(statement))
         return False
@@ -369,20 +372,13 @@ def _target(statement: ast.stmt) -> str | None:
     return None
 
 
+def _only_names(target: ast.expr) -> bool:
+    """Whether an assignment to it changes variables only: no object's attribute or element."""
+    return not any(isinstance(n, ast.Attribute | ast.Subscript) for n in ast.walk(target))
+
+
 def _stores(statement: ast.AST, name: str) -> bool:
     return any(
         isinstance(n, ast.Name) and n.id == name and not isinstance(n.ctx, ast.Load)
         for n in ast.walk(statement)
     )
-
-
-def _captured(definition: ast.FunctionDef) -> set[str]:
-    """Names that inner functions use, or that are deleted or not local: they never hold anything
-    that waits."""
-    names: set[str] = set()
-    for node in ast.walk(definition):
-        if isinstance(node, ast.Global | ast.Nonlocal):
-            names.update(node.names)
-        if node is not definition and isinstance(node, _NESTED | ast.Delete):
-            names.update(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
-    return names

@@ -132,12 +132,15 @@ class Flow:
             return END
         return self.after(parent) if isinstance(parent, ast.If) else None
 
-    def before(self, statement: ast.stmt) -> ast.stmt | None:
-        """What ran before, stepping out of an "if"; None where that is not clear."""
+    def before(self, statement: ast.stmt, name: str = "") -> ast.stmt | None:
+        """What ran before, stepping out of an "if"; None where that is not clear, or where the
+        condition of the "if" reads the variable ``name``."""
         block, i, parent = self._place[statement]
         if i:
             return block[i - 1]
-        return self.before(parent) if isinstance(parent, ast.If) else None
+        if not isinstance(parent, ast.If) or loads(parent.test, name):
+            return None
+        return self.before(parent, name)
 
 
 def loads(node: ast.AST | None, name: str) -> list[ast.Name]:
