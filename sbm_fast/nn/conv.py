@@ -56,8 +56,9 @@ class Conv2d(nn.Conv2d):
     _packs: dict[int, _Pack] | None = None
     """By the side of Winograd's tiles; 0: for oneDNN. Made where they are used."""
 
-    def forward(self, x: Tensor, *, gain: float = 1.0, plus: Tensor | None = None) -> Tensor:
-        """y [B, out_channels, H', W'] of x [B, in_channels, H, W]; plus like y."""
+    def forward(self, input: Tensor, *, gain: float = 1.0, plus: Tensor | None = None) -> Tensor:
+        """y [B, out_channels, H', W'] of the input x [B, in_channels, H, W]; plus like y."""
+        x = input
         if torch.compiler.is_compiling() or self._users == 0 or not self._can_pack(x, plus):
             y = super().forward(x)
             if plus is not None:

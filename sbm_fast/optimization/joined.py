@@ -29,17 +29,20 @@ class FusedNorm:
     num_groups: int
     eps: float
 
-    def forward(self, x: Any) -> Any:
-        return _fused(Normed(self, x), None) if _plain(x) else super().forward(x)  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """(The argument's name is that of the original.)"""
+        if len(args) == 1 and not kwargs and _plain(args[0]):
+            return _fused(Normed(self, args[0]), None)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class FusedSequential:
     """Mixin of nn.Sequentials that `optimize` took over: neighbours in it are joined."""
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, input: Any) -> Any:
         for module in self:  # type: ignore[attr-defined]
-            x = norm(module, x) if isinstance(module, FusedNorm) else act(module, x)
-        return value(x)
+            input = norm(module, input) if isinstance(module, FusedNorm) else act(module, input)
+        return value(input)
 
 
 class Sum:
@@ -167,7 +170,8 @@ def act(function: Any, x: Any, **keywords: Any) -> Any:
 def is_silu(function: Any) -> bool:
     """Whether calling it is x · sigmoid(x) and nothing else."""
     if isinstance(function, nn.Module):
-        return bare(function) and type(function).forward in SILU
+        forward = getattr(type(function), "forward", None)  # A ScriptModule has none.
+        return isinstance(forward, FunctionType) and forward in SILU and bare(function)
     return isinstance(function, FunctionType) and function in SILU
 
 
@@ -179,12 +183,18 @@ def bare(module: Any) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or own_call(module)
         or module._compiled_call_impl is not None
         or globally._global_forward_hooks
         or globally._global_forward_pre_hooks
         or globally._global_backward_hooks
         or globally._global_backward_pre_hooks
     )
+
+
+def own_call(module: Any) -> bool:
+    """Whether its class does more in a call than torch's Module."""
+    return type(module).__call__ is not nn.Module.__call__
 
 
 def _fused(x: Normed, activation: str | None) -> Tensor:

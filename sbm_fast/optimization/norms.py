@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_OWN = {"num_groups", "num_channels", "eps", "affine"}
+from sbm_fast.optimization.joined import own_call
+
+_OWN = {"num_groups", "num_channels", "eps", "affine", *vars(nn.Module())}
 
 
 def looks_like_norm(module: nn.Module) -> bool:
@@ -24,10 +26,11 @@ def why_not(module: Any) -> str:
         return "is sbm_fast's own, and fused by itself"
     if "forward" in vars(module):
         return "a forward was set on the instance"
+    if own_call(module):
+        return "a __call__ of its own"
     if type(module).forward is nn.GroupNorm.forward:
         return ""
-    public = {name for name in vars(module) if not name.startswith("_")} - {"training"}
-    if public - _OWN or set(module._parameters) - {"weight", "bias"} or module._buffers:
+    if set(vars(module)) - _OWN or set(module._parameters) - {"weight", "bias"} or module._buffers:
         return "a forward of its own, and state that torch's GroupNorm does not have"
     return "" if _is_group_norm(module) else "a forward of its own that is not group_norm"
 
@@ -51,10 +54,24 @@ def _is_group_norm(module: Any) -> bool:
             limit = 16 * torch.finfo(weight.dtype).eps * float(should.abs().amax())
             for mode in (True, False):
                 module.training = mode
-                if not torch.allclose(module(x), should, rtol=0, atol=limit):
+                if not torch.allclose(module.forward(x), should, rtol=0, atol=limit):
+                    return False
+                if not _keeps(module, x):
                     return False
     except Exception:
         return False  # Somebody else's code, on an input that it may not expect.
     finally:
         module.training = training
+    return True
+
+
+def _keeps(module: Any, x: Tensor) -> bool:
+    """Whether its output has the input's dtype, whatever that is, where it takes it."""
+    for dtype in (torch.bfloat16, torch.float32):
+        try:
+            out = module.forward(x.to(dtype))
+        except RuntimeError:
+            continue
+        if out.dtype != dtype:
+            return False
     return True

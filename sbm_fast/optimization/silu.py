@@ -20,7 +20,9 @@ _SIGMOIDS = (torch.sigmoid, nn.functional.sigmoid)
 def known_silu(function: Any) -> bool:
     """Whether a callable is SiLU: torch's own, or one whose source says x · sigmoid(x)."""
     if isinstance(function, nn.Module):
-        return bare(function) and _is_silu(type(function).forward)
+        if not bare(function):
+            return False
+        function = getattr(type(function), "forward", None)
     return isinstance(function, types.FunctionType) and _is_silu(function)
 
 

@@ -88,9 +88,9 @@ def rebuild(function: Any, definition: ast.FunctionDef, extra: Mapping[str, obje
 
 def _redecorate(layer: Any, made: Any) -> Any:
     """The wrapper ``layer`` around ``made`` in the place of what it wraps."""
-    held = layer.__closure__ or ()
-    places = [i for i, cell in enumerate(held) if cell.cell_contents is layer.__wrapped__]
-    if not isinstance(layer, types.FunctionType) or len(places) != 1:
+    held = (layer.__closure__ or ()) if isinstance(layer, types.FunctionType) else ()
+    places = [i for i, cell in enumerate(held) if _holds(cell, layer.__wrapped__)]
+    if len(places) != 1:
         raise Unreadable("its forward is decorated")
     cells = list(held)
     cells[places[0]] = types.CellType(made)
@@ -100,6 +100,13 @@ def _redecorate(layer: Any, made: Any) -> Any:
     _dress(new, layer)
     new.__wrapped__ = made  # type: ignore[attr-defined]
     return new
+
+
+def _holds(cell: types.CellType, thing: object) -> bool:
+    try:
+        return cell.cell_contents is thing
+    except ValueError:  # empty
+        return False
 
 
 def _dress(new: Any, old: Any) -> None:
