@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from sbm_fast.nn.conv import Conv2d
-from sbm_fast.optimization.cast import cast, lay_out
+from sbm_fast.optimization.cast import cast, exchange_below, lay_out
 from sbm_fast.optimization.compare import Example, outputs, relative_difference, tolerance
-from sbm_fast.optimization.exchange import exchange, original
+from sbm_fast.optimization.exchange import original, set_class
 from sbm_fast.optimization.joined import FusedNorm, FusedSequential, bare
 from sbm_fast.optimization.norms import looks_like_norm, why_not
 from sbm_fast.optimization.report import Left, Replaced, Report
@@ -68,7 +68,7 @@ def optimize(
     Raises:
         TypeError: net is not a module, dtype is not one of the two.
         ValueError: the network runs under another dtype of an earlier optimize.
-        RuntimeError: the outputs of the example differ by more than rounding.
+        RuntimeError: the outputs of the example differ by more than rounding, or hold no tensor.
         After any error the network is as it was.
     """
     if not isinstance(net, nn.Module):
@@ -98,7 +98,7 @@ def optimize(
                 )
     except BaseException:
         for module, kind in classes.items():
-            module.__class__ = kind
+            set_class(module, kind)
         report.put_back()
         raise
     return report
@@ -219,7 +219,7 @@ def _near(module: nn.Module) -> Iterator[nn.Module]:
 def _exchange(module: nn.Module, **how: Any) -> str:
     """Why the module's class cannot be exchanged; empty if it was."""
     try:
-        exchange(module, **how)
+        exchange_below(module, **how)
     except TypeError as error:
         return f"its class cannot be exchanged ({error})"
     return ""

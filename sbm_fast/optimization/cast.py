@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sbm_fast.optimization.exchange import exchange
+from sbm_fast.optimization.exchange import exchange, set_class
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -20,7 +20,8 @@ class Kept:
     """What a parameter was before its layout or dtype was changed."""
 
     parameter: nn.Parameter
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    """None where only the layout was changed."""
     stride: tuple[int, ...]
     data: Tensor | None
     """The values, where a cast has lost bits of them."""
@@ -32,7 +33,7 @@ class Kept:
         old = None if self.data is None else self.data.to(now.device)
         if old is None or not torch.equal(now, old.to(now.dtype)):
             old = torch.empty_strided(
-                now.shape, self.stride, dtype=self.dtype, device=now.device
+                now.shape, self.stride, dtype=self.dtype or now.dtype, device=now.device
             ).copy_(now)
         now.data = old
 
@@ -44,7 +45,7 @@ def lay_out(net: nn.Module) -> list[Kept]:
         layout = _FORMATS.get(parameter.ndim)
         if layout is None or parameter.is_contiguous(memory_format=layout):
             continue
-        kept.append(Kept(parameter, parameter.dtype, parameter.stride(), None))
+        kept.append(Kept(parameter, None, parameter.stride(), None))
         parameter.data = parameter.data.contiguous(memory_format=layout)
     return kept
 
@@ -56,7 +57,7 @@ def cast(net: nn.Module, dtype: torch.dtype) -> list[Kept]:
     Raises:
         ValueError: the network is under another dtype already, or has a forward of its instance's.
     """
-    present = [getattr(vars(c).get("forward"), "sbm_fast_dtype", None) for c in type(net).__mro__]
+    present = [_dtype_of(kind) for kind in type(net).__mro__]
     if any(p not in (None, dtype) for p in present):
         raise ValueError(
             f"dtype: the network runs in {next(filter(None, present))}: restore it first"
@@ -64,8 +65,7 @@ def cast(net: nn.Module, dtype: torch.dtype) -> list[Kept]:
     if "forward" in vars(net):
         raise ValueError("dtype: the network has a forward set on the instance")
     if dtype not in present:
-        own: Any = type(net)
-        exchange(net, forward=_under(own, dtype))
+        _put_under(net, dtype)
     kept: dict[nn.Parameter, Kept] = {}
     for module in net.modules():
         if not isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
@@ -80,6 +80,34 @@ def cast(net: nn.Module, dtype: torch.dtype) -> list[Kept]:
     return list(kept.values())
 
 
+def exchange_below(module: nn.Module, **how: Any) -> None:
+    """`exchange`, with the network's autocast, where it has one already, staying on top.
+
+    Raises:
+        TypeError: Python cannot make or assign such a class.
+    """
+    own: Any = type(module)
+    dtype = _dtype_of(own)
+    if dtype is None:
+        return exchange(module, **how)
+    set_class(module, own._sbm_fast_original)
+    try:
+        exchange(module, **how)
+    finally:
+        _put_under(module, dtype)
+
+
+def _dtype_of(kind: type) -> torch.dtype | None:
+    """The dtype of a class that `_put_under` made."""
+    return getattr(vars(kind).get("forward"), "sbm_fast_dtype", None)
+
+
+def _put_under(module: nn.Module, dtype: torch.dtype) -> None:
+    """The module runs under autocast."""
+    own: Any = type(module)
+    exchange(module, forward=_under(own, dtype))
+
+
 @functools.cache
 def _under(own: Any, dtype: torch.dtype) -> Any:
     """The class's forward under autocast; tensors of that dtype in its output get the input's."""
@@ -88,7 +116,8 @@ def _under(own: Any, dtype: torch.dtype) -> Any:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         wide = next((t.dtype for t in given if t.is_floating_point()), torch.float32)
-        device = given[0].device.type if given else "cpu"
+        # Times and labels may come on the CPU, to a network on another device.
+        device = next((t.device.type for t in given if not t.is_cpu), "cpu")
         with torch.autocast(device, dtype):
             out = own.forward(self, *args, **kwargs)
 

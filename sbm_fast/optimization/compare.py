@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 Example = Sequence[Any] | Mapping[str, Any]
 
@@ -18,12 +18,15 @@ def outputs(net: nn.Module, example: Example) -> list[Tensor]:
 
     Raises:
         TypeError: example is neither a tuple or list of arguments nor a mapping of keywords.
+        RuntimeError: no tensors are found in the output.
     """
     if not isinstance(example, tuple | list | Mapping):
         kind = type(example).__name__
         raise TypeError(
             f"example must be a tuple of arguments or a mapping of keywords, got {kind}"
         )
+    # A network may write into its inputs.
+    example = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, example)
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
@@ -31,7 +34,13 @@ def outputs(net: nn.Module, example: Example) -> list[Tensor]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return [leaf.detach().clone() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    found = [leaf.detach().clone() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    if not found:
+        raise RuntimeError(
+            f"example: nothing to compare: the output, a {type(out).__name__}, holds no tensors in "
+            "tuples, lists and mappings"
+        )
+    return found
 
 
 def relative_difference(before: list[Tensor], after: list[Tensor]) -> float:

@@ -23,26 +23,31 @@ class Exchanged:
 
     _sbm_fast_original: type
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Classes that register their subclasses do not see those made here."""
+        if "_sbm_fast_original" not in vars(cls):
+            super().__init_subclass__(**kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         exchanged, original = type(self), type(self)._sbm_fast_original
-        self.__class__ = original
+        set_class(self, original)
         try:
             twin = copy.deepcopy(self, memo)
         finally:
-            self.__class__ = exchanged
+            set_class(self, exchanged)
         if type(twin) is original:
-            twin.__class__ = exchanged
+            set_class(twin, exchanged)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         exchanged = type(self)
         if "_sbm_fast_original" not in vars(exchanged):
             return super().__reduce_ex__(protocol)  # A class on top of ours has a say of its own.
-        self.__class__ = exchanged._sbm_fast_original
+        set_class(self, exchanged._sbm_fast_original)
         try:
             reduced = self.__reduce_ex__(protocol)
         finally:
-            self.__class__ = exchanged
+            set_class(self, exchanged)
         if isinstance(reduced, tuple) and reduced[0] is _NEW:
             # pickle wants the class of __newobj__ to be the object's; this one may be any.
             return copyreg._reconstructor, (reduced[1][0], object, None), *reduced[2:]  # type: ignore[attr-defined]
@@ -53,10 +58,14 @@ def exchange(module: nn.Module, *, mixin: type | None = None, forward: Any = Non
     """Gives a module another class: with the mixin, or with another forward.
 
     Raises:
-        TypeError: Python cannot make or assign such a class.
+        TypeError: Python cannot make or assign such a class, or it is parametrized by torch.
     """
     own: Any = type(module)
-    module.__class__ = _subclass(own, mixin, forward)
+    if "parametrizations" in module._modules and not isinstance(module, Exchanged):
+        raise TypeError(
+            "torch.nn.utils.parametrize, which gave it this one, could not take it back"
+        )
+    set_class(module, _subclass(own, mixin, forward))
 
 
 def original(module: nn.Module) -> Any:
@@ -81,7 +90,12 @@ def refuse_foreign(module: nn.Module) -> None:
 
 def give_back(module: nn.Module) -> None:
     """The module has its original class again."""
-    module.__class__ = original(module)
+    set_class(module, original(module))
+
+
+def set_class(module: Any, kind: type) -> None:
+    """Assigns the class, past a __setattr__ of the module's own."""
+    object.__setattr__(module, "__class__", kind)
 
 
 @functools.cache
