@@ -302,6 +302,25 @@ def test_classes_that_register_subclasses_see_none() -> None:
     assert known == ["Kind", "Later"]
 
 
+class SuperOfItsClass(Plain):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.act(self.norm(super(self.__class__, self).forward(x, emb)))
+
+
+class SuperOfItsType(Plain):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.act(self.norm(super(type(self), self).forward(x, emb)))
+
+
+@pytest.mark.parametrize("kind", [SuperOfItsClass, SuperOfItsType])
+def test_classes_that_no_subclass_can_have_are_left(kind: type[Block]) -> None:
+    net = kind()
+    should = net(*given(torch.float32))
+    report = sbm_fast.optimize(net)
+    assert "super(self.__class__, self)" in report.left[0].reason and type(net) is kind
+    torch.testing.assert_close(net(*given(torch.float32)), should)
+
+
 def test_parametrizations_can_be_taken_away() -> None:
     class Double(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:

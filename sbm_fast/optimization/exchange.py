@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import dis
 import functools
 import types
 from typing import Any
@@ -65,6 +66,8 @@ def exchange(module: nn.Module, *, mixin: type | None = None, forward: Any = Non
         raise TypeError(
             "torch.nn.utils.parametrize, which gave it this one, could not take it back"
         )
+    if _says_super_of_its_class(own):
+        raise TypeError("super(self.__class__, self) would call itself in any subclass")
     set_class(module, _subclass(own, mixin, forward))
 
 
@@ -96,6 +99,29 @@ def give_back(module: nn.Module) -> None:
 def set_class(module: Any, kind: type) -> None:
     """Assigns the class, past a __setattr__ of the module's own."""
     object.__setattr__(module, "__class__", kind)
+
+
+@functools.cache
+def _says_super_of_its_class(kind: type) -> bool:
+    """Whether a method, but for the constructor, has super(self.__class__, …) or
+    super(type(self), …)."""
+    found = []
+    for base in kind.__mro__:
+        if not base.__module__.startswith("torch."):
+            found += [f for name, f in vars(base).items() if name != "__init__"]
+    for function in found:
+        if (
+            not isinstance(function, types.FunctionType)
+            or "super" not in function.__code__.co_names
+        ):
+            continue
+        steps = [(i.opname, i.argval) for i in dis.get_instructions(function)]
+        steps = [step for step in steps if step[0].startswith("LOAD_")]
+        for (_, called), one, two in zip(steps, steps[1:], steps[2:], strict=False):
+            of_self = one[0].startswith("LOAD_FAST") and two == ("LOAD_ATTR", "__class__")
+            if called == "super" and (of_self or one == ("LOAD_GLOBAL", "type")):
+                return True
+    return False
 
 
 @functools.cache
