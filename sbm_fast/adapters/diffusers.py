@@ -264,5 +264,5 @@ def _naming(path: Path) -> Iterator[None]:
     """Errors about a configuration name the file that it stands in."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise unreadable(path, str(error)) from error

@@ -52,6 +52,9 @@ _NETWORKS: dict[str, tuple[type[Network], dict[str, str]]] = {
 }
 
 
+_PROBLEMS = (
+    TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError
+)  # fmt: skip
 _MODULES = 10_000  # EDM's largest network has a tenth of that
 
 
@@ -84,7 +87,7 @@ def load(path: str | os.PathLike[str]) -> ScoreModel:
             known = ", ".join(_PRECONDITIONINGS)
             raise ValueError(f"expected a network of class {known}, got {_named(outer)}")
         network = _network(outer)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+    except _PROBLEMS as error:
         raise unreadable(path, f"its network is not usable: {error}") from error
     return as_score_model(network, None)
 

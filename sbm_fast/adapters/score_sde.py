@@ -196,6 +196,8 @@ def _check_levels(network: Network, sigmas: Any) -> None:
     if network.predicts != "score" or not isinstance(sigmas, Tensor):
         return
     ends = [config["sigma_max"], config["sigma_min"], config["num_scales"]]
+    if sigmas.ndim != 1 or not len(sigmas):
+        raise ValueError(f"sigmas: expected a list of levels, got the shape {list(sigmas.shape)}")
     found = [float(sigmas[0]), float(sigmas[-1]), len(sigmas)]
     if not np.allclose(ends, found, rtol=1e-4):
         raise ValueError(f"its σ_max, σ_min and their number are {found}, expected {ends}")

@@ -92,9 +92,10 @@ def save(
 def load(cls: type[T], path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> T:
     """Read a ``cls`` from ``path``; see `Network.load`."""
     header, weights = _read(path)
-    stored_class = classes().get(header.get("class", ""))
+    name = header.get("class")
+    stored_class = classes().get(name) if isinstance(name, str) else None
     if stored_class is None or not issubclass(stored_class, cls):
-        raise unreadable(path, f"it holds a {header.get('class')!r}, not a {cls.__name__!r}")
+        raise unreadable(path, f"it holds a {name!r:.80}, not a {cls.__name__!r}")
     config = header.get("config")
     if not isinstance(config, dict):
         raise unreadable(path, "its header has no 'config' object")

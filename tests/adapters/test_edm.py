@@ -212,6 +212,13 @@ def test_nested_arguments_are_named_soon(monkeypatch: pytest.MonkeyPatch, argume
     assert len(str(caught.value)) < 500
 
 
+def test_a_tensor_in_place_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    outer = Record("EDMPrecond", {"_modules": torch.zeros(3)})
+    monkeypatch.setattr(edm, "read_pickle", lambda _: {"ema": outer})
+    with pytest.raises(ValueError, match=r"snapshot\.pkl.*not usable"):
+        edm.load("snapshot.pkl")
+
+
 def test_modules_that_hold_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     def record(name: str, **state: Any) -> Record:
         return Record(name, {"_parameters": {}, "_buffers": {}, "_modules": {}, **state})

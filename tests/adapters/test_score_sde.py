@@ -176,6 +176,11 @@ def test_wrong_files(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.Monk
         for zipped in (True, False):
             torch.save({**state, **change}, path, _use_new_zipfile_serialization=zipped)
             refused(message)
+    case = CASES["ncsnpp_ve"]
+    state = torch.load(checkpoints / "ncsnpp_ve.pth", weights_only=True)
+    for sigmas in (torch.zeros(()), torch.zeros(0), torch.zeros(2, 2)):
+        torch.save({**state, "model": state["model"] | {"module.sigmas": sigmas}}, path)
+        refused("sigmas: expected a list of levels, got the shape")
     torch.save([1, 2], path)
     refused("score_sde's training did not write it")
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pth"]

@@ -213,6 +213,7 @@ def with_config(**change: Any) -> dict[str, Any]:
     ("change", "problem"),
     [
         ({"class": "MLP"}, "MLP"),
+        ({"class": ["UNet"]}, "it holds a"),
         ({"config": None}, "config"),
         (with_config(surprise=1), "surprise"),
         ({"config": {}}, "lacks"),
