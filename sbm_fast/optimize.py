@@ -49,8 +49,10 @@ def optimize(
     activations with hooks are called one by one, for as long as they have hooks.
 
     The op's output lies in memory as its input does, channels first or last, and has its dtype:
-    under autocast too, where torch's GroupNorm on GPUs gives float32. Restore before
-    `torch.jit.script`.
+    under autocast too, where torch's GroupNorm on GPUs gives float32: a tensor [B, C, L] that was
+    transposed stays so, where torch's GroupNorm makes a contiguous one. For a backward a joined sum
+    keeps its parts: a caller, or a buffer's owner, that writes into them before it gets torch's
+    error. Restore before `torch.jit.script`.
 
     Args:
         net: any network, on any device, in train or eval mode. A second call changes what is new.
