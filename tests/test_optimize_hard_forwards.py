@@ -264,6 +264,22 @@ def test_a_norm_with_private_state_is_left() -> None:
     assert [entry.path for entry in sbm_fast.optimize(net).left] == ["0"]
 
 
+def test_private_state_that_forward_does_not_read_is_no_matter() -> None:
+    """EDM's persistent classes keep the arguments that they were made with."""
+
+    class Persistent(nn.GroupNorm):
+        def __init__(self) -> None:
+            super().__init__(4, C)
+            self._init_args = (4, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    net = nn.Sequential(Persistent(), nn.SiLU())
+    report = sbm_fast.optimize(net)
+    assert not report.left and report.replaced[0].pattern == "GroupNorm + SiLU"
+
+
 def test_a_norm_may_change_the_dtype() -> None:
     net = nn.Sequential(Wide(4, C), nn.SiLU())
     x, _ = given(torch.bfloat16)

@@ -30,7 +30,10 @@ def why_not(module: Any) -> str:
         return "a __call__ of its own"
     if type(module).forward is nn.GroupNorm.forward:
         return ""
-    if set(vars(module)) - _OWN or set(module._parameters) - {"weight", "bias"} or module._buffers:
+    # Private state counts where forward reads it: EDM's classes keep their arguments so.
+    read = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    state = {v for v in set(vars(module)) - _OWN if not v.startswith("_") or v in read}
+    if state or set(module._parameters) - {"weight", "bias"} or module._buffers:
         return "a forward of its own, and state that torch's GroupNorm does not have"
     return "" if _is_group_norm(module) else "a forward of its own that is not group_norm"
 
