@@ -5,18 +5,24 @@
 
 FOLDER gets lab.json (everything), table.txt (the same for people, printed at the end), build.log,
 tests.log and lab.log (what the other phases printed). It takes at most 8 minutes, begins with what
-matters most, and lab.json is rewritten as it goes, so a run cut short leaves its part. The GPU's
-settings are read, never changed. To keep a run: copy its lab.json to benchmarks/results/gpu.json;
+matters most, and lab.json is rewritten as it goes, so a run cut short leaves its part. For what
+there was no time for: `--only build PHASE`, which leaves all the time to PHASE. The GPU's settings
+are read, never changed. To keep a run: copy its lab.json to benchmarks/results/gpu.json;
 `python -m benchmarks.readme --write` then puts its table into README.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import platform
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -47,6 +53,27 @@ def header(dry_run: bool) -> dict[str, Any]:
         # Where the machine has no .git, this says what was measured.
         "sources": setup_module().source_hash(),
     }
+
+
+NEEDED = ("torch", "numpy", "setuptools", "ninja", "pytest", "safetensors", "tqdm")
+"""What the build, the tests and `import sbm_fast` cannot do without. Others are missed where they
+are needed: without triton its figures are "not available"."""
+
+
+def lacking(needed: Sequence[str] = NEEDED) -> list[str]:
+    """What of that this Python does not have, each with what is wanted."""
+    missing = [name for name in needed if not _there(name)]
+    # An older one refuses pyproject.toml's license.
+    if "setuptools" in needed and "setuptools" not in missing:
+        version = importlib.metadata.version("setuptools")
+        if int(re.findall(r"\d+", version)[0]) < 77:
+            missing.append(f"setuptools >= 77 (it has {version})")
+    return missing
+
+
+def _there(name: str) -> bool:
+    command = name == "ninja" and shutil.which(name) is not None
+    return command or importlib.util.find_spec(name) is not None
 
 
 def why_no_gpu() -> str:
@@ -88,6 +115,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
     parser.add_argument("--only", nargs="+", choices=list(MOST), help="these phases")
     arguments = parser.parse_args()
+    if missing := lacking():
+        sys.exit(f"gpu_lab: {sys.executable} lacks {', '.join(missing)}; nothing was begun")
     if not arguments.dry_run and (reason := why_no_gpu()):
         sys.exit(f"gpu_lab: needs an NVIDIA GPU ({reason}); --dry-run goes through it on a CPU")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

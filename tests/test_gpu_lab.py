@@ -114,6 +114,14 @@ def test_deadline_skips_later_phases_and_cuts_the_running_one(tmp_path: Path) ->
     assert statuses["late"] == SKIPPED == "skipped: time"
 
 
+def test_last_phase_has_what_the_others_left(tmp_path: Path) -> None:
+    """torch.compile and its tuning take longer than any share that leaves room for the rest."""
+    long = phase("long", f"time.sleep(1.5); {write({'half': 1})}", most=0.5)
+    record = run(tmp_path, GOOD, long)
+    assert record["phases"]["long"]["status"] == "done"
+    assert run(tmp_path, long, GOOD)["phases"]["long"]["status"].startswith("killed")
+
+
 def test_record_grows_during_a_phase_and_is_whole_at_any_time(tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
     over = threading.Event()
@@ -261,6 +269,26 @@ def test_conformance_begins_with_what_matters() -> None:
     assert [conformance.place(name) for name in order] == [0, 0, 1, 2, 2]
 
 
+def test_conformance_collects_what_can_be_marked_and_no_more(tmp_path: Path) -> None:
+    """A test module whose import fails on the lent machine would count as an error there."""
+    sources = {
+        "ops/op_helper.py": "marks = [pytest.mark.gpu]",
+        "ops/test_by_helper.py": "from op_helper import each",
+        "test_marked.py": "@pytest.mark.gpu\ndef test_a(): ...",
+        "test_other.py": "import diffusers\nimport op_helpers_of_another_kind",
+        "helper.py": "import op_helper",
+    }
+    for name, text in sources.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    names = [path.name for path in conformance.files(tmp_path)]
+    assert names == ["test_by_helper.py", "test_marked.py"]
+    chosen = {str(path.relative_to(ROOT)) for path in conformance.files(ROOT / "tests")}
+    assert {"tests/test_capture_gpu.py", "tests/test_noise.py", "tests/cuda/test_gpu.py"} <= chosen
+    assert "tests/adapters/test_diffusers.py" not in chosen
+
+
 def test_law_finds_wrong_factors() -> None:
     """The bound of 8 standard errors at this size lies far below these deviations."""
     x, out = DRY.random((64, 3, 32, 32), 1), DRY.random((64, 3, 32, 32), 2)
@@ -380,6 +408,16 @@ def test_readme_table_comes_from_the_record(dry: Path, tmp_path: Path) -> None:
     assert len(columns) == 1
     shown = table.table(record)
     assert re.search(r"goal +7\.04 +\(goal 6, moonshot 9\) +em 64 M, float32", shown)
+
+
+def test_missing_packages_are_named_before_anything_is_begun(tmp_path: Path) -> None:
+    assert gpu_lab.lacking() == []
+    assert gpu_lab.lacking(("numpy", "no_such_package")) == ["no_such_package"]
+    code = "import sys; sys.modules['tqdm'] = None; from benchmarks import gpu_lab; "
+    code += f"sys.argv = ['gpu_lab', '--out', {str(tmp_path / 'new')!r}]; gpu_lab.main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "lacks tqdm; nothing was begun" in done.stderr
+    assert not (tmp_path / "new").exists()
 
 
 def test_without_a_gpu_nothing_is_begun(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ MOST = {
     "noise": 30,
     "network_compiled": 200,
 }
-"""Seconds. Their sum is more than there is: a phase that needs less leaves the rest to others."""
+"""Seconds. Their sum is more than there is: a phase that needs less leaves the rest to others.
+
+The last one, of those that are run, may take all that is left."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,17 @@ class Runner:
     grace: float = 4.0
     environment: dict[str, str] | None = None
 
-    def run(self, phases: Iterable[Phase], header: dict[str, Any]) -> dict[str, Any]:
-        """The record; lab.json holds it after every phase, and nearly so during one."""
+    def run(self, phases: Sequence[Phase], header: dict[str, Any]) -> dict[str, Any]:
+        """The record; lab.json holds it after every phase, and nearly so during one.
+
+        The last phase may take all that the others left.
+        """
         self.begin = time.monotonic()
         self.record = {**header, "finished": False, "seconds": 0.0, "phases": {}}
         self.keep()
         with tempfile.TemporaryDirectory() as parts:
-            for phase in phases:
+            *others, last = phases
+            for phase in (*others, replace(last, most=self.seconds)):
                 self.phase(phase, Path(parts, f"{phase.name}.json"))
                 self.keep()
         self.record["finished"] = True
