@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import warnings
+from collections.abc import Iterator
 
 import noise_cases
 import op_backends  # noqa: F401  # the interpreter as exact as a GPU
@@ -50,11 +51,14 @@ class Machine:
         set_to(importlib.util, "find_spec", find)
         set_to(importlib.metadata, "version", lambda name: triton)
         set_to(kernels, "interpreted", lambda: interpreted)
+        _library.triton_missing.cache_clear()
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(monkeypatch)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    yield Machine(monkeypatch)
+    monkeypatch.undo()
+    _library.triton_missing.cache_clear()
 
 
 GOOD = {"compiled": True, "cuda": True, "device": True, "triton": "3.7.1", "interpreted": False}
@@ -86,6 +90,17 @@ def test_no_device_for_a_torch_with_cuda(machine: Machine) -> None:
     machine.has(**GOOD | {"device": False})
     machine.patch.setattr(torch.version, "cuda", "13.0")
     assert backends()["cuda"] == "torch finds no CUDA device"
+
+
+def test_installed_packages_are_not_looked_through_at_every_choice(machine: Machine) -> None:
+    machine.has(**GOOD)
+    choose_backend("triton", CUDA)
+
+    def refuse(name: str) -> str:
+        raise AssertionError("half a millisecond, before a kernel of 0.2 ms")
+
+    machine.patch.setattr(importlib.metadata, "version", refuse)
+    assert choose_backend("triton", CUDA).name == "triton"
 
 
 def test_the_interpreter_needs_no_device(machine: Machine) -> None:

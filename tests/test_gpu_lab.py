@@ -25,7 +25,7 @@ from benchmarks.baselines import FixedNoise, Tuned
 from benchmarks.gpu import checks, conformance, files, group_norm, readme, table
 from benchmarks.gpu.comparison import Comparison
 from benchmarks.gpu.context import Context, Entries
-from benchmarks.gpu.phases import MOST, Phase, all_phases
+from benchmarks.gpu.phases import MOST, TITLES, Phase, all_phases
 from benchmarks.gpu.runner import SKIPPED, Runner
 from benchmarks.gpu.subjects import Op
 from benchmarks.gpu.timing import Timed, interleave
@@ -344,6 +344,9 @@ def test_phases_fit_the_issue() -> None:
     assert list(MOST) == [p.name for p in all_phases(dry_run=False)]
     assert [p.name for p in all_phases(True)] == [p.name for p in all_phases(False)]
     assert list(MOST)[:3] == ["build", "machine", "conformance"]
+    assert list(TITLES) == list(MOST)
+    # Seconds of its own, and a third of README's table: not behind what takes a minute each.
+    assert list(MOST)[3:6] == ["em", "pc", "noise"] and MOST["noise"] <= 30
     assert all("--dry-run" not in p.command for p in all_phases(False))
     assert all("--dry-run" in p.command for p in all_phases(True))
     assert gpu_lab.SECONDS <= 480 - 10

@@ -30,7 +30,8 @@ class Runner:
     Attributes:
         folder: where lab.json and the logs go.
         seconds: for everything, the ending of a last phase included.
-        grace: seconds between asking a process to end (SIGINT) and ending it.
+        grace: seconds between asking a process to end (SIGINT) and ending it, and at most between
+            that and going on.
         environment: variables added for the phases' processes.
     """
 
@@ -135,7 +136,8 @@ class Runner:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(self.grace)
         _signal(process, signal.SIGKILL)
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver may hold it; the others go on
+            process.wait(self.grace)
 
 
 def take(part: Path, entry: dict[str, Any]) -> bool:

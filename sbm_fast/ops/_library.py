@@ -1,5 +1,6 @@
 """Registration of the ops: from the compiled part where it is there, else from Python."""
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -23,8 +24,13 @@ def cuda_compiled() -> bool:
     return _load.host is not None and bool(_load.host.build_info()["cuda"])
 
 
+@functools.cache
 def triton_missing() -> str:
-    """Why the Triton kernels cannot be imported; empty when they can."""
+    """Why the Triton kernels cannot be imported; empty when they can.
+
+    Looked up once: it takes longer than a GPU needs for 64 M normals, and stands before each call
+    of `noise.normal(backend="triton")`.
+    """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; to install it: pip install triton"
     try:
