@@ -22,6 +22,8 @@ from benchmarks.gpu.files import write_json
 
 FAILURES_KEPT = 50
 WRITE_EVERY = 0.5
+TRITON_ALONE = ("test_error_norm", "test_group_norm_silu", "test_hutchinson")
+"""Tests of the ops without a kernel in csrc/."""
 
 
 class Record:
@@ -90,15 +92,17 @@ class Record:
 
 
 def place(nodeid: str) -> int:
-    """The captured sampler and the compiled ops first, Triton, which compiles at every test, last.
+    """The captured sampler first, then the compiled ops; Triton, which compiles at each, last.
 
-    A parameter of several words names the backend among them.
+    A parameter of several words names the backend among them; "cuda" is Triton's kernel too where
+    an op has no other.
     """
     file, _, test = nodeid.partition("::")
-    if "triton" in nodeid or "/kernels/" in file:
-        return 2
-    first = file.endswith("test_capture_gpu.py") or "cuda" in test or "/cuda/" in file
-    return 0 if first else 1
+    if "triton" in nodeid or "/kernels/" in file or Path(file).stem in TRITON_ALONE:
+        return 3
+    if file.endswith("test_capture_gpu.py"):
+        return 0
+    return 1 if "cuda" in test or "/cuda/" in file else 2
 
 
 def files(tests: Path) -> list[Path]:
