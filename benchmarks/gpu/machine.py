@@ -18,7 +18,7 @@ LAUNCHES = 1000
 
 
 def cases(context: Context) -> dict[str, Case]:
-    """What was built is loaded last: should that crash, the rest was measured."""
+    """The machine first: should the report on what was built fail, the rest was measured."""
     own = {"facts": facts, "copy": copy, "launch": launch, "torch.randn": randn}
     return {**own, "build": build}
 
