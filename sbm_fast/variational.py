@@ -43,6 +43,7 @@ from sbm_fast.methods.clipping import split
 from sbm_fast.methods.compat import ddpm_step
 from sbm_fast.methods.ddpm import chosen_variance
 from sbm_fast.model import Match, ScoreModel, as_score_model
+from sbm_fast.nn.conv import packed
 from sbm_fast.ops.langevin_epsilon import sample_sum
 from sbm_fast.process import SDE, count
 from sbm_fast.row_step import checked_output
@@ -173,6 +174,7 @@ def variational_bound(
     with (
         torch.no_grad(),
         eval_mode(chain.model.net),
+        packed(chain.model.net),
         tqdm(total=len(rows) * draws * len(chain.levels), disable=not progress) as bar,
     ):
         for some in rows:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.function import Function
 
 from sbm_fast.nn import winograd
 from sbm_fast.ops.winograd import weights as winograd_weights
@@ -27,6 +28,8 @@ SMALLEST = 64 * 64
 _IMAGE = 16, 16
 """What weights are packed for; the pack serves images of all sizes and batches as well."""
 _lock = threading.Lock()
+_JVP = torch._C._functorch.TransformType.Jvp
+_VMAP = torch._C._functorch.TransformType.Vmap
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,23 +62,33 @@ class Conv2d(nn.Conv2d):
     def forward(self, input: Tensor, *, gain: float = 1.0, plus: Tensor | None = None) -> Tensor:
         """y [B, out_channels, H', W'] of the input x [B, in_channels, H, W]; plus like y."""
         x = input
-        if torch.compiler.is_compiling() or self._users == 0 or not self._can_pack(x, plus):
-            y = super().forward(x)
-            if plus is not None:
-                y = y + plus
-            return y if gain == 1.0 else y * gain
+        if not torch.compiler.is_compiling() and self._users and self._can_pack(x):
+            how = self._differentiated(x, plus)
+            if how == "not":
+                return self._convolved(x, plus, gain, self.bias is not None)
+            if how == "forward":
+                y: Tensor = _Forward.apply(x, plus, self, gain, self.bias is not None)
+                return y
+        y = super().forward(x)
+        if plus is not None:
+            y = y + plus
+        return y if gain == 1.0 else y * gain
+
+    def _convolved(self, x: Tensor, plus: Tensor | None, gain: float, biased: bool) -> Tensor:
+        """y by packed weights; without the bias where it is not wanted."""
         side = self._winograd_side(x)
         if side:
             pack = self._packed(side, 1.0)
-            return winograd.convolved(x, pack.weight, pack.bias, plus, gain)
+            bias = pack.bias if biased else None
+            return winograd.convolved(x, pack.weight, bias, plus, gain)
         pack = self._packed(0, gain)
-        y = torch.ops.mkldnn._convolution_pointwise(
-            x, pack.weight, pack.bias, self.padding, self.stride, self.dilation, self.groups,
-            "none", [], "",
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, pack.weight, pack.bias if biased else None, self.padding, self.stride,
+            self.dilation, self.groups, "none", [], "",
         )  # fmt: skip
         return y if plus is None else y.add_(plus, alpha=gain)
 
-    def _can_pack(self, x: Tensor, plus: Tensor | None) -> bool:
+    def _can_pack(self, x: Tensor) -> bool:
         weight, bias = self.weight, self.bias
         return (
             x.dtype == weight.dtype == torch.float32
@@ -83,7 +96,7 @@ class Conv2d(nn.Conv2d):
             and type(x) is Tensor
             and type(weight) is nn.Parameter
             and not weight.is_inference()
-            and not (bias is not None and bias.is_inference())
+            and (bias is None or (type(bias) is nn.Parameter and not bias.is_inference()))
             and weight.numel() >= SMALLEST
             and x.ndim == 4
             and x.numel() > 0
@@ -91,14 +104,18 @@ class Conv2d(nn.Conv2d):
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
             and not torch.is_autocast_enabled("cpu")
-            and not self._differentiated(x, plus)
         )
 
-    def _differentiated(self, x: Tensor, plus: Tensor | None) -> bool:
+    def _differentiated(self, x: Tensor, plus: Tensor | None) -> str:
+        """ "not", "forward" (in forward mode, once) or "otherwise"."""
         given = x, plus, self.weight, self.bias
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-            return True
-        return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+            return "otherwise"
+        if torch._C._are_functorch_transforms_active():
+            kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or []]
+            once = kinds.count(_JVP) <= 1 and set(kinds) <= {_JVP, _VMAP}
+            return "forward" if once else "otherwise"
+        return "forward" if forward_ad._current_level >= 0 else "not"
 
     def _winograd_side(self, x: Tensor) -> int:
         if self.kernel_size != (3, 3) or self.padding != (1, 1):
@@ -139,6 +156,43 @@ class Conv2d(nn.Conv2d):
         """Copies and pickles leave the packs behind."""
         kept = ("_users", "_packs")
         return {name: value for name, value in self.__dict__.items() if name not in kept}
+
+
+class _Forward(Function):
+    """A packed convolution with its forward-mode derivative by x and plus: itself, without bias."""
+
+    @staticmethod
+    def forward(x: Tensor, plus: Tensor | None, conv: Conv2d, gain: float, biased: bool) -> Tensor:
+        return conv._convolved(x, plus, gain, biased)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, _, ctx.conv, ctx.gain, _ = inputs
+        ctx.last = x.is_contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def jvp(ctx: Any, x_dot: Tensor | None, plus_dot: Tensor | None, *_: None) -> Tensor | None:
+        if x_dot is None:
+            return None if plus_dot is None else ctx.gain * plus_dot
+        if ctx.last:
+            x_dot = x_dot.contiguous(memory_format=torch.channels_last)
+        inside = torch._C._are_functorch_transforms_active()
+        run = _Forward.apply if inside else ctx.conv._convolved
+        y: Tensor = run(x_dot, plus_dot, *((ctx.conv,) if inside else ()), ctx.gain, False)
+        return y
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, x: Tensor, plus: Tensor | None, *others: Any) -> Any:
+        """The mapped dimension becomes part of the batch."""
+        size = info.batch_size
+
+        def folded(v: Tensor, dim: int | None) -> Tensor:
+            v = v.expand(size, *v.shape) if dim is None else v.movedim(dim, 0)
+            return v.flatten(0, 1)
+
+        plus = None if plus is None else folded(plus, dims[1])
+        y: Tensor = _Forward.apply(folded(x, dims[0]), plus, *others)
+        return y.unflatten(0, (size, -1)), 0
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from sbm_fast import _load
 from sbm_fast.nn import UNet, winograd
@@ -95,13 +96,18 @@ def test_packs_live_as_long_as_the_outermost_block() -> None:
     assert conv._packs is None and conv._users == 0
 
 
-def test_derivatives_go_torchs_way() -> None:
+def test_backwards_go_torchs_way() -> None:
     conv, x = case(), image().requires_grad_()
     with packed(conv):
         conv(x).square().sum().backward()
         assert conv.weight.grad is not None and x.grad is not None and conv._packs is None
-        with torch.no_grad():
-            _, tangent = torch.func.jvp(conv, (x.detach(),), (torch.ones_like(x),))
+        torch.func.grad(lambda x: conv(x).sum())(x.detach())
+        with torch.no_grad():  # forward over forward, and by the weights
+            inner = lambda x: torch.func.jvp(conv, (x,), (x,))[1]  # noqa: E731
+            torch.func.jvp(inner, (x.detach(),), (torch.ones_like(x),))
+            weights = {"weight": conv.weight.detach(), "bias": conv.bias.detach()}
+            call = lambda w: torch.func.functional_call(conv, w, (x.detach(),))  # noqa: E731
+            _, tangent = torch.func.jvp(call, (weights,), (weights,))
         assert tangent.abs().sum() > 0 and conv._packs is None
 
 
@@ -113,6 +119,54 @@ def test_the_gradient_of_what_is_added(batch: int, size: int) -> None:
     with packed(conv):
         conv(x, plus=plus, gain=0.5).sum().backward()
     assert plus.grad is not None and plus.grad.eq(0.5).all()
+
+
+@pytest.mark.parametrize("batch", [1, 4])  # the direct sum, and Winograd
+@pytest.mark.parametrize("joined", ["", "primal", "dual"])
+@pytest.mark.parametrize("last", [True, False])
+def test_forward_mode_reads_packs(batch: int, joined: str, last: bool) -> None:
+    conv, x = case(), image(batch)
+    x = x if last else x.contiguous()
+    vectors = torch.randn(3, *x.shape)
+    plus = torch.randn(batch, 72, 9, 9) if joined else None
+    changes = torch.randn(3, *plus.shape) if joined == "dual" else None
+
+    def one(k: int, in_dual_level: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        change = None if changes is None else changes[k]
+        if in_dual_level:
+            with torch.no_grad(), forward_ad.dual_level():
+                add = plus if change is None else forward_ad.make_dual(plus, change)
+                y = conv(forward_ad.make_dual(x, vectors[k]), gain=0.7, plus=add)
+                return forward_ad.unpack_dual(y)
+        with torch.no_grad():
+            if change is None:
+                call = lambda x: conv(x, gain=0.7, plus=plus)  # noqa: E731
+                return torch.func.jvp(call, (x,), (vectors[k],))
+            call = lambda x, add: conv(x, gain=0.7, plus=add)  # noqa: E731
+            return torch.func.jvp(call, (x, plus), (vectors[k], change))
+
+    def all_at_once() -> tuple[torch.Tensor, torch.Tensor]:
+        def both(vector: torch.Tensor, change: torch.Tensor | None) -> object:
+            if change is None:
+                return torch.func.jvp(lambda x: conv(x, gain=0.7, plus=plus), (x,), (vector,))
+            call = lambda x, add: conv(x, gain=0.7, plus=add)  # noqa: E731
+            return torch.func.jvp(call, (x, plus), (vector, change))
+
+        axes = (0, None if changes is None else 0)
+        with torch.no_grad():
+            return torch.vmap(both, in_dims=axes, out_dims=(None, 0))(vectors, changes)
+
+    want = [one(k, True) for k in range(3)]
+    with packed(conv):
+        for in_dual_level in (True, False):
+            for k in range(3):
+                torch.testing.assert_close(
+                    one(k, in_dual_level), want[k], rtol=1e-5, atol=1e-5, check_stride=False
+                )
+        assert conv._packs
+        output, products = all_at_once()
+    torch.testing.assert_close(output, want[0][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(products, torch.stack([w[1] for w in want]), rtol=1e-5, atol=1e-5)
 
 
 def test_other_inputs_go_torchs_way() -> None:
