@@ -17,6 +17,8 @@ from torch.autograd.function import Function
 from sbm_fast.ops import group_norm_silu as ops
 
 MaybeTensor = Tensor | None
+_JVP = torch._C._functorch.TransformType.Jvp
+_VMAP = torch._C._functorch.TransformType.Vmap
 Rows = tuple[MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]
 """weight, bias, scale, shift"""
 
@@ -137,16 +139,17 @@ def _levels() -> list[Any]:
 def nested_forward_mode() -> bool:
     """Whether functorch differentiates in forward mode more than once: the inner rule of a Function
     is hidden from the outer level, and zeros would come out."""
-    forward = torch._C._functorch.TransformType.Jvp
-    return sum(level.key() == forward for level in _levels()) > 1
+    return sum(level.key() == _JVP for level in _levels()) > 1
 
 
-def _needs_formula(*tensors: MaybeTensor) -> bool:
-    """Whether a derivative that is calculated now is to be differentiated again, or batched by
-    torch's older vmap (is_grads_batched), which knows no rules for ops."""
+def _needs_formula(*tensors: MaybeTensor, forward: bool = False) -> bool:
+    """Whether a derivative that is calculated now, in `forward` mode or backwards, is to be
+    differentiated again, or batched by torch's older vmap (is_grads_batched), which knows no rules
+    for ops."""
     if torch.compiler.is_compiling():
         return False  # AOTAutograd has first derivatives only
-    if any(level.key() != torch._C._functorch.TransformType.Vmap for level in _levels()):
+    kinds = [level.key() for level in _levels() if level.key() != _VMAP]
+    if kinds != ([_JVP] if forward and kinds else []):  # its own transform, and no other
         return True
     given = [v for v in tensors if v is not None]
     if torch.is_grad_enabled() and any(v.requires_grad for v in given):
@@ -317,7 +320,7 @@ class GroupNormSiLU(Reverse):
         given = torch.zeros_like(x) if x_dot is None else x_dot
         given = ops.sum_of(given, add_dot, residual_dot, 1.0)
         dots = _row_changes(rows, (weight_dot, bias_dot, scale_dot, shift_dot), x)
-        if _needs_formula(*tangents[:7], x, *rows, add, residual):
+        if _needs_formula(*tangents[:7], x, *rows, add, residual, forward=True):
             h = ops.sum_of(x, add, residual, ctx.gain)
             (out,) = _product_formula(
                 given, h, ctx.eps, ctx.groups, rows, dots, ctx.gain, ctx.silu, True
