@@ -179,8 +179,8 @@ void norm(const Tensor& out, const MaybeTensor& total, const Tensor& stats, cons
   const bool last = a.channels_last;
   a.eps = eps;
   a.x = image(home, x, x, last, "x");
-  a.out = image(home, out, x, last, "out");
-  a.total = image(home, total, x, last, "total");
+  a.out = written_image(home, out, x, last, "out");
+  a.total = written_image(home, total, x, last, "total");
   a.residual = image(home, residual, x, last, "residual");
   a.add = rows(home, add, a.batch, a.channels, "add");
   a.stats = table_of<S>(home, stats, a.batch, groups, "stats");
@@ -213,7 +213,7 @@ void norm_product(const Tensor& out, const MaybeTensor& sums, const Tensor& give
   a.forward = forward;
   a.h = image(home, h, h, last, "h");
   a.given = image(home, given, h, last, "given", "h");
-  a.out = image(home, out, h, last, "out", "h");
+  a.out = written_image(home, out, h, last, "out", "h");
   a.weight_dot = rows(home, weight_dot, a.batch, a.channels, "weight_dot");
   a.bias_dot = rows(home, bias_dot, a.batch, a.channels, "bias_dot");
   STD_TORCH_CHECK(forward || (!weight_dot && !bias_dot), weight_dot ? "weight_dot" : "bias_dot",

@@ -35,6 +35,15 @@ inline TensorView image(const Home& home, const MaybeTensor& t, const Tensor& x,
   return v;
 }
 
+// The same, to be written: no two samples share memory.
+inline TensorView written_image(const Home& home, const MaybeTensor& t, const Tensor& x,
+                                bool channels_last, const char* name, const char* like = "x") {
+  const TensorView v = image(home, t, x, channels_last, name, like);
+  STD_TORCH_CHECK(!t || t->size(0) <= 1 || v.sample_stride >= t->numel() / t->size(0), name,
+                  ": its samples share memory");
+  return v;
+}
+
 // Rows of `channels` numbers: one a sample, or one for all where `batch` is negative.
 inline TensorView rows(const Home& home, const MaybeTensor& t, int64_t batch, int64_t channels,
                        const char* name) {

@@ -32,7 +32,7 @@ inline void winograd_shape(const Home& home, sbm::WinogradShape& a, const Tensor
                   name, ": expected a contiguous tensor [16 or 36, tiles, ", a.channels, "]");
   a.side = tiles.size(0) == 16 ? 2 : 4;
   a.first = first, a.count = tiles.size(1);
-  STD_TORCH_CHECK(first >= 0 && first + a.count <= a.tiles(), "first: expected ", a.count,
+  STD_TORCH_CHECK(first >= 0 && first <= a.tiles() - a.count, "first: expected ", a.count,
                   " of the ", a.tiles(), " tiles to lie behind it, got ", first);
 }
 

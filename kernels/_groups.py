@@ -291,8 +291,8 @@ class Sizes:
         one = self.pixels == 1 and self.channels > 1
         self.last = one or not (x.is_contiguous() or lies_as(x, False))
 
-    def view(self, t: Tensor | None, name: str) -> View:
-        """A tensor of x's shape that lies as x does."""
+    def view(self, t: Tensor | None, name: str, *, written: bool = False) -> View:
+        """A tensor of x's shape that lies as x does; no samples share memory that is `written`."""
         if t is None:
             return None, None
         _launch.require(t.shape == self.x.shape, f"{name}: expected the shape of {self.name}")
@@ -305,7 +305,10 @@ class Sizes:
             f"{name}: expected samples without gaps, with channels "
             f"{'last' if self.last else 'first'} in memory as those of {self.name}",
         )
-        step = t.stride(0) if self.batch > 1 else self.channels * self.pixels
+        size = self.channels * self.pixels
+        step = t.stride(0) if self.batch > 1 else size
+        apart = not written or step >= size
+        _launch.require(apart, f"{name}: its samples share memory")
         return t, (step, self.channels, 1) if self.last else (step, 1, self.pixels)
 
     def row(self, t: Tensor | None, name: str, shared: bool = False) -> int:

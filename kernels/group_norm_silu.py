@@ -205,7 +205,9 @@ def group_norm_silu_(
 ) -> None:
     sizes = Sizes(x, groups, "x")
     of_x, of_residual = sizes.view(x, "x"), sizes.view(residual, "residual")
-    of_tensors = sizes.view(out, "out"), sizes.view(total, "total")
+    of_tensors = (
+        sizes.view(out, "out", written=True), sizes.view(total, "total", written=True),
+    )  # fmt: skip
     sizes.row(weight, "weight", shared=True)
     sizes.row(bias, "bias", shared=True)
     steps = sizes.row(scale, "scale"), sizes.row(shift, "shift"), sizes.row(add, "add")

@@ -258,7 +258,8 @@ def group_norm_silu_product_(
     forward: bool,
 ) -> None:
     sizes = Sizes(h, groups, "h")
-    of_h, of_given, of_out = sizes.view(h, "h"), sizes.view(given, "given"), sizes.view(out, "out")
+    of_h, of_given = sizes.view(h, "h"), sizes.view(given, "given")
+    of_out = sizes.view(out, "out", written=True)
     sizes.row(weight, "weight", shared=True)
     sizes.row(bias, "bias", shared=True)
     steps = [sizes.row(t, name) for name, t in (("scale", scale), ("shift", shift))]

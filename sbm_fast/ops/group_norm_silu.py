@@ -26,7 +26,8 @@ Arguments (B samples, C channels, any spatial shape; every tensor but stats and 
 dtype):
     out, total, x, residual, given, h [B, C, …]: samples without gaps in memory, all with channels
         first or all with channels last. out and total are written; total is h, or None. out may be
-        x or residual, total no other tensor's memory; out of the product may be given or h.
+        x or residual, total no other tensor's memory; out of the product may be given or h. They
+        share memory with no other argument, nor do their samples with each other.
     stats [B, groups, 2] S, contiguous: (mean, r), written by the first and read by the second op.
     sums [B, C, 2] S, contiguous: written backward; None where it is not wanted.
     weight, bias [C]; scale, shift, add, weight_dot, bias_dot [B, C]: channels beside one another

@@ -91,6 +91,8 @@ def test_memory_that_group_norm_silu_would_overwrite_is_refused(backend: str) ->
         ("total", {"total": memory[:2], "x": memory[:2]}),
         ("total", {"total": memory[:2], "residual": memory[1:]}),
         ("total", {"total": memory[:2], "out": memory[:2]}),
+        ("out", {"out": memory[:1].expand(2, -1, -1, -1)}),
+        ("total", {"total": memory[:1].expand(2, -1, -1, -1)}),
     ):
         with pytest.raises(RuntimeError, match=f"{name}: "):
             call(backend, "group_norm_silu_", *(given | change).values())
@@ -102,6 +104,7 @@ def test_memory_that_group_norm_silu_would_overwrite_is_refused(backend: str) ->
     [
         ("given", "shape of h", {"given": IMAGE[:1]}),
         ("given", "channels first", {"given": LAST}),
+        ("out", "samples share memory", {"out": IMAGE[:1].expand_as(IMAGE)}),
         ("sums", r"CPU tensor \[2, 4, 2\]", {"sums": torch.zeros(2, 2, 2)}),
         ("sums", "backward product only", {"forward": True}),
         ("weight_dot", "forward product only", {"weight_dot": ROW}),

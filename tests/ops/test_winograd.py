@@ -217,6 +217,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("tiles", r"\[16 or 36, tiles, 4\]", {"tiles": torch.zeros(16, 1, 5)}),
     ("tiles", "contiguous", {"tiles": torch.zeros(16, 1, 8)[..., ::2]}),
     ("first", "expected 1 of the 8 tiles to lie behind it, got 8", {"first": 8}),
+    ("first", "got 9223372036854775807", {"first": 2**63 - 1}),
     ("first", "got -1", {"first": -1}),
     ("y", "channels last in memory", {"y": IMAGE}),
     ("products", r"\[16 or 36, tiles, 4\]", {"products": torch.zeros(16, 1, 3)}),
