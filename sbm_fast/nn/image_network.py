@@ -36,7 +36,7 @@ class ImageNetwork(Network):
         return sizes
 
     def _finish(self) -> None:
-        super()._finish()
+        """For subclasses, once their modules stand."""
         # oneDNN and cuDNN run convolutions up to three times as fast on NHWC; the weights' layout
         # decides, so x may come in either.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -82,7 +82,6 @@ class MLP(Network):
         self.last = nn.Linear(width, c["out_features"])
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
-        self._finish()
 
     def time_part(self, label: Tensor) -> Tensor:
         return self.embed(label)

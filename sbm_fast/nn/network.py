@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -58,7 +58,6 @@ class Network(nn.Module):
     SIZES: ClassVar[tuple[str, ...]]
     """Entries of ``config`` that say how large the network is: ints, or lists of ints."""
     config: dict[str, Any]
-    _found: tuple[int, tuple[Block, ...]] = 0, ()
 
     def __init__(
         self,
@@ -142,15 +141,7 @@ class Network(nn.Module):
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The residual blocks in the order in which they run."""
-        # Looked for once. DataParallel's replicas copy what was found, but have their own blocks.
-        if self._found[0] != id(self):
-            self._finish()
-        return self._found[1]
-
-    def _finish(self) -> None:
-        """For subclasses, once their modules stand."""
-        found = tuple(module for module in self.modules() if isinstance(module, Block))
-        self._found = id(self), found
+        return tuple(_blocks(self))
 
     def projections(self) -> list[nn.Linear]:
         """What gives every block its v from the embedding; empty for networks without time."""
@@ -236,6 +227,15 @@ class Network(nn.Module):
             name = type(self).__name__
             raise TypeError(f"{name} without time takes no conditioning, got {', '.join(cond)}")
         return self.body(x, [None] * len(self.blocks), scale)
+
+
+def _blocks(module: nn.Module) -> Iterator[Block]:
+    # At every call: one may have been put in the place of another.
+    for child in module._modules.values():
+        if isinstance(child, Block):
+            yield child
+        elif child is not None:
+            yield from _blocks(child)
 
 
 CHUNK = 64

@@ -240,6 +240,20 @@ def test_label_dropout_in_training_only() -> None:
     assert 16 <= int(dropped.sum()) <= 48  # of 64, p = 1/2: four standard deviations
 
 
+def test_a_block_put_in_later_gets_its_own_time() -> None:
+    net, other = CASES["ddpmpp"].network(), CASES["ddpmpp"].network()
+    x, label = CASES["ddpmpp"].image(), torch.tensor([3.0, 500.0])
+    for parameter in other.middle[0].parameters():
+        nn.init.normal_(parameter)
+    other.load_state_dict(net.state_dict() | {
+        f"middle.0.{name}": value for name, value in other.middle[0].state_dict().items()
+    })  # fmt: skip
+    with torch.no_grad():
+        net(x, label)
+        net.middle[0] = other.middle[0]
+        assert torch.equal(net(x, label), other(x, label))
+
+
 def test_the_skip_of_a_block() -> None:
     """1x1, 3x3 or none, and at first nothing else."""
     norm = partial(capped_norm, eps=1e-6)
