@@ -51,10 +51,9 @@ class Divergence:
         kind: "hutchinson", "exact" or "xtrace".
         probes: products an evaluation (K above); "exact" does not read it.
         gaussian: probes of normals; "xtrace" always has those.
-        product: "vjp" (Jᵀv), "jvp" (J v, stores no activations) or "auto": `tried_first` where the
-            network has it, else the other. See `sbm_fast.jacobian`.
+        product: "vjp" (Jᵀv), "jvp" (J v, stores no activations) or "auto": "vjp" where the network
+            has it, else "jvp". See `sbm_fast.jacobian`.
         first_draw: draw of the first probe.
-        tried_first: "vjp" or "jvp".
         kernels: the ops.
 
     Attributes:
@@ -75,7 +74,6 @@ class Divergence:
         first_draw: int = 0,
         *,
         kernels: Kernels,
-        tried_first: str = "vjp",
     ) -> None:
         _check_one_of("estimator", kind, KINDS)
         _check_one_of("product", product, ("auto", *PRODUCTS))
@@ -97,7 +95,6 @@ class Divergence:
         self.products = product
         self.batched: bool | None = None
         self._kernels = kernels
-        self._order = (tried_first, *(name for name in PRODUCTS if name != tried_first))
 
     def slope(
         self,
@@ -174,7 +171,7 @@ class Divergence:
         if self.products != "auto":
             return self._with(self.products, network, inputs, keys, shift, dot)
         reasons = []
-        for product in self._order:
+        for product in PRODUCTS:
             try:
                 found = self._with(product, network, inputs, keys, shift, dot)
             except NotDifferentiable as error:

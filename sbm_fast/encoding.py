@@ -16,10 +16,10 @@ from sbm_fast.arguments import check_dtype, placement, warn_caller
 from sbm_fast.backend import Kernels, choose_backend
 from sbm_fast.flow import FlowSystem, ProbabilityFlow
 from sbm_fast.model import ScoreModel, as_score_model
+from sbm_fast.module_state import eval_mode, frozen
 from sbm_fast.nn.conv import packed
 from sbm_fast.ode import Solution
 from sbm_fast.process import count
-from sbm_fast.run import eval_mode
 from sbm_fast.sde import as_sde
 from sbm_fast.solver import Solver
 
@@ -109,7 +109,8 @@ class Journey:
         system = FlowSystem(
             self.flow, keys, self.kernels, self.net_dtype, cond, guidance, divergence
         )
-        with _plain_mode(), eval_mode(self.model.net), packed(self.model.net):
+        net = self.model.net
+        with _plain_mode(), eval_mode(net), frozen(net), packed(net):
             solution = solver.carry(system, x, self.kernels, to_prior=to_prior)
         left = int((~solution.finished).sum())
         if left:

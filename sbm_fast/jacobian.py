@@ -12,6 +12,8 @@ it. It is tried once, and the outcome stands in `Jacobian.batched`:
 - "vjp": on every device but the CPU, where a loop over the retained graph is as fast or faster
   (14 against 11 ms for one sample, 104 against 130 ms for 64) and channels_last networks have no
   vmap at all. On a GPU it saves launches.
+
+Both read packed weights where a run holds the network's parameters frozen (`sbm_fast.nn.conv`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sbm_fast import nn
 from sbm_fast.row_step import INPUT_CHANGED, check_outputs
 
 PRODUCTS = ("vjp", "jvp")
@@ -33,18 +34,6 @@ INDEPENDENT = (
     "its output does not depend differentiably on its input (a constant, a detached tensor, or "
     "computed under torch.no_grad() or by another library)"
 )
-
-
-def tried_first(net: object, device: torch.device, dtype: torch.dtype, products: int) -> str:
-    """Which product "auto" tries first for a network that is called on that device in that dtype.
-
-    One J v of this package's networks on a CPU costs two forwards over packed weights (`nn.conv`),
-    less than a forward and a backward, whose weights are not packed. Several vectors share the
-    forward of "vjp", and its loop is cheaper than `torch.vmap`.
-    """
-    packs = isinstance(net, nn.Network) and device.type == "cpu" and dtype == torch.float32
-    return "jvp" if packs and products == 1 else "vjp"
-
 
 Network = Callable[[Tensor], Tensor]
 Fill = Callable[[Tensor, int], None]

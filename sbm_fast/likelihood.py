@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sbm_fast.divergence import Divergence
 from sbm_fast.encoding import Journey
-from sbm_fast.jacobian import tried_first
 from sbm_fast.process import count
 from sbm_fast.sde import EDMSDE, Ladder, as_sde
 from sbm_fast.solver import Solver
@@ -112,9 +111,8 @@ def log_likelihood(
         estimator: "hutchinson", or "xtrace" (Epperly et al. 2024), whose K products (even, ≥ 4) go
             to K/2 vectors and to the range they span.
         gaussian: normal probes instead of signs ±1, which have the smaller variance.
-        product: "vjp" (reverse mode), "jvp" (forward mode, keeps no activations), or "auto": what
-            is quicker (`sbm_fast.jacobian.tried_first`) where the network can be differentiated so,
-            else the other.
+        product: "vjp" (reverse mode), "jvp" (forward mode, keeps no activations), or "auto": the
+            first where the network can be differentiated so, else the second.
         solver, steps, schedule, rtol, atol, max_nfe, batch_size: see `sbm_fast.solver.Solver`.
         prior: the law at t_max: an object with log_prob(x [N, …]) → [N], or such a function; None:
             N(0, sde.prior_std² I).
@@ -195,8 +193,6 @@ def _divergence(
         )
     if exact is None:
         exact = dimension <= EXACT_UP_TO and estimator == "hutchinson"
-    products = dimension if exact else probes
-    net, device = journey.model.net, journey.device
     return Divergence(
         "exact" if exact else estimator,
         probes=probes,
@@ -204,7 +200,6 @@ def _divergence(
         product=product,
         first_draw=first_probe,
         kernels=journey.kernels,
-        tried_first=tried_first(net, device, journey.net_dtype, products),
     )
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sbm_fast.module_state import eval_mode
 from sbm_fast.nn.conv import packed
 from sbm_fast.nn.network import CHUNK, Prepared, prepare
 from sbm_fast.plan import H0, NORMS, TAIL_LANES, Plan, Z
@@ -369,34 +368,6 @@ class Run:
 
 def _lane(plan: Plan, name: str) -> int:
     return 2 * (H0 + plan.registers) + TAIL_LANES.index(name)
-
-
-_in_use: WeakKeyDictionary[torch.nn.Module, list[int]] = WeakKeyDictionary()
-_in_use_lock = threading.Lock()
-
-
-@contextmanager
-def eval_mode(net: object) -> Iterator[None]:
-    """Every submodule in eval mode, and each put back as it was.
-
-    Runs in several threads may share a module: the last one out puts it back.
-    """
-    modules = list(net.modules()) if isinstance(net, torch.nn.Module) else []
-    with _in_use_lock:
-        for module in modules:
-            users = _in_use.setdefault(module, [0, int(module.training)])
-            users[0] += 1
-            module.training = False
-    try:
-        yield
-    finally:
-        with _in_use_lock:
-            for module in modules:
-                users = _in_use[module]
-                users[0] -= 1
-                if users[0] == 0:
-                    module.training = bool(users[1])
-                    del _in_use[module]
 
 
 @contextmanager

@@ -43,11 +43,11 @@ from sbm_fast.methods.clipping import split
 from sbm_fast.methods.compat import ddpm_step
 from sbm_fast.methods.ddpm import chosen_variance
 from sbm_fast.model import Match, ScoreModel, as_score_model
+from sbm_fast.module_state import eval_mode
 from sbm_fast.nn.conv import packed
 from sbm_fast.ops.langevin_epsilon import sample_sum
 from sbm_fast.process import SDE, count
 from sbm_fast.row_step import checked_output
-from sbm_fast.run import eval_mode
 
 __all__ = ["BoundResult", "ddpm_chain", "variational_bound"]
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
+from torch.nn.grad import conv2d_input
 
 from sbm_fast.nn import winograd
 from sbm_fast.ops.winograd import weights as winograd_weights
@@ -56,8 +57,9 @@ class Conv2d(nn.Conv2d):
     """
 
     _users: int = 0
-    _packs: dict[int, _Pack] | None = None
-    """By the side of Winograd's tiles; 0: for oneDNN. Made where they are used."""
+    _packs: dict[tuple[int, bool], _Pack] | None = None
+    """By the side of Winograd's tiles (0: for oneDNN), and whether they are those of the backward.
+    Made where they are used."""
 
     def forward(self, input: Tensor, *, gain: float = 1.0, plus: Tensor | None = None) -> Tensor:
         """y [B, out_channels, H', W'] of the input x [B, in_channels, H, W]; plus like y."""
@@ -66,8 +68,8 @@ class Conv2d(nn.Conv2d):
             how = self._differentiated(x, plus)
             if how == "not":
                 return self._convolved(x, plus, gain, self.bias is not None)
-            if how == "forward":
-                y: Tensor = _Forward.apply(x, plus, self, gain, self.bias is not None)
+            if how == "once":
+                y: Tensor = _Packed.apply(x, plus, self, gain, self.bias is not None)
                 return y
         y = super().forward(x)
         if plus is not None:
@@ -78,7 +80,7 @@ class Conv2d(nn.Conv2d):
         """y by packed weights; without the bias where it is not wanted."""
         side = self._winograd_side(x)
         if side:
-            pack = self._packed(side, 1.0)
+            pack = self._packed(side, gain)
             bias = pack.bias if biased else None
             return winograd.convolved(x, pack.weight, bias, plus, gain)
         pack = self._packed(0, gain)
@@ -107,15 +109,30 @@ class Conv2d(nn.Conv2d):
         )
 
     def _differentiated(self, x: Tensor, plus: Tensor | None) -> str:
-        """ "not", "forward" (in forward mode, once) or "otherwise"."""
-        given = x, plus, self.weight, self.bias
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        """ "not", "once" (by what it is given, in one of the modes) or "otherwise"."""
+        own, given = (self.weight, self.bias), (x, plus)
+        backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in own):
             return "otherwise"
         if torch._C._are_functorch_transforms_active():
             kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or []]
-            once = kinds.count(_JVP) <= 1 and set(kinds) <= {_JVP, _VMAP}
-            return "forward" if once else "otherwise"
-        return "forward" if forward_ad._current_level >= 0 else "not"
+            once = not backward and kinds.count(_JVP) <= 1 and set(kinds) <= {_JVP, _VMAP}
+            return "once" if once else "otherwise"
+        if forward_ad._current_level >= 0:
+            return "otherwise" if backward else "once"
+        if backward:  # a backward by oneDNN gains nothing
+            return "once" if self._winograd_side(x) else "otherwise"
+        return "not"
+
+    def _backwards(self, dy: Tensor, shape: torch.Size, gain: float) -> Tensor:
+        """The product of dy with the Jacobian by x, of a convolution by Winograd's algorithm: gain
+        times a convolution with the weights turned round."""
+        legacy = torch._C._functorch.is_legacy_batchedtensor(dy)
+        if torch.is_grad_enabled() or legacy or not self._users:
+            return gain * conv2d_input(shape, self.weight, dy, padding=self.padding)
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        pack = self._packed(winograd.side(dy, self.in_channels), gain, turned=True)
+        return winograd.convolved(dy, pack.weight, None, None, gain)
 
     def _winograd_side(self, x: Tensor) -> int:
         if self.kernel_size != (3, 3) or self.padding != (1, 1):
@@ -124,31 +141,31 @@ class Conv2d(nn.Conv2d):
             return 0
         return winograd.side(x, self.out_channels)
 
-    def _packed(self, side: int, gain: float) -> _Pack:
+    def _packed(self, side: int, gain: float, turned: bool = False) -> _Pack:
         weight, bias = self.weight, self.bias
+        gain = 1.0 if side else gain  # Winograd's output takes it
         source: tuple[object, ...] = gain, id(weight), weight.data_ptr(), weight._version
         if bias is not None:
             source += id(bias), bias.data_ptr(), bias._version
         packs = self._packs
         if packs is None:
             packs = self._packs = {}
-        pack = packs.get(side)
+        key = (side, turned)
+        pack = packs.get(key)
         if pack is None or pack.source != source:
             with torch.no_grad():
-                made = self._for_winograd(side) if side else self._for_onednn(gain)
+                w = weight.detach()
+                w = w.flip(2, 3).transpose(0, 1) if turned else w
+                made = winograd_weights(w, side) if side else self._for_onednn(w * gain)
                 own_bias = None if bias is None else bias.detach() * gain
-            pack = packs[side] = _Pack(source, (weight, bias), made, own_bias)
+            pack = packs[key] = _Pack(source, (weight, bias), made, own_bias)
         return pack
 
-    def _for_winograd(self, side: int) -> Tensor:
-        return winograd_weights(self.weight.detach(), side)
-
-    def _for_onednn(self, gain: float) -> Tensor:
-        scaled = (self.weight if gain == 1.0 else self.weight * gain).detach().contiguous()
+    def _for_onednn(self, weight: Tensor) -> Tensor:
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         made: Tensor = reorder(
-            scaled.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups,
-            [1, self.in_channels, *_IMAGE],
+            weight.contiguous().to_mkldnn(), self.padding, self.stride, self.dilation, self.groups,
+            [1, weight.shape[1], *_IMAGE],
         )  # fmt: skip
         return made
 
@@ -158,8 +175,8 @@ class Conv2d(nn.Conv2d):
         return {name: value for name, value in self.__dict__.items() if name not in kept}
 
 
-class _Forward(Function):
-    """A packed convolution with its forward-mode derivative by x and plus: itself, without bias."""
+class _Packed(Function):
+    """A packed convolution with its derivatives by x and plus: forward, itself without bias."""
 
     @staticmethod
     def forward(x: Tensor, plus: Tensor | None, conv: Conv2d, gain: float, biased: bool) -> Tensor:
@@ -168,7 +185,16 @@ class _Forward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         x, _, ctx.conv, ctx.gain, _ = inputs
+        ctx.shape, ctx.version = x.shape, ctx.conv.weight._version
         ctx.last = x.is_contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        if ctx.conv.weight._version != ctx.version:
+            raise RuntimeError("a convolution's weights were changed between forward and backward")
+        by_x, by_plus = ctx.needs_input_grad[:2]
+        dx = ctx.conv._backwards(dy, ctx.shape, ctx.gain) if by_x else None
+        return dx, ctx.gain * dy if by_plus else None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x_dot: Tensor | None, plus_dot: Tensor | None, *_: None) -> Tensor | None:
@@ -177,7 +203,7 @@ class _Forward(Function):
         if ctx.last:
             x_dot = x_dot.contiguous(memory_format=torch.channels_last)
         inside = torch._C._are_functorch_transforms_active()
-        run = _Forward.apply if inside else ctx.conv._convolved
+        run = _Packed.apply if inside else ctx.conv._convolved
         y: Tensor = run(x_dot, plus_dot, *((ctx.conv,) if inside else ()), ctx.gain, False)
         return y
 
@@ -191,7 +217,7 @@ class _Forward(Function):
             return v.flatten(0, 1)
 
         plus = None if plus is None else folded(plus, dims[1])
-        y: Tensor = _Forward.apply(folded(x, dims[0]), plus, *others)
+        y: Tensor = _Packed.apply(folded(x, dims[0]), plus, *others)
         return y.unflatten(0, (size, -1)), 0
 
 
@@ -199,12 +225,13 @@ class _Forward(Function):
 def packed(net: object) -> Iterator[None]:
     """Packs the weights of the network's `Conv2d`s at their first call in the block.
 
-    For CPU inference in float32: calls under autograd, forward-mode AD, autocast or torch.compile
-    go torch's way. It costs a copy of the weights for as long as the block runs, of 16/9 or 4 times
-    their size where they are for Winograd's algorithm; a second one where image sizes or batches
-    change so much that another way becomes the faster one. Values of weights must not be changed
-    through `.data` in the block (any other change is noticed). Blocks may be nested, and entered by
-    several threads.
+    For float32 on a CPU: without derivatives, or with one by what the convolutions are given, in
+    forward mode or backwards, where their weights want no gradients. Other calls under autograd,
+    and those under autocast or torch.compile, go torch's way. It costs a copy of the weights for as
+    long as the block runs, of 16/9 or 4 times their size where they are for Winograd's algorithm;
+    another one for a backward, and where image sizes or batches change so much that another way
+    becomes the faster one. Values of weights must not be changed through `.data` in the block (any
+    other change is noticed). Blocks may be nested, and entered by several threads.
     """
     convs: list[Conv2d] = []
     if isinstance(net, nn.Module) and torch.backends.mkldnn.is_available():

@@ -11,6 +11,8 @@ from sbm_fast import _load
 from sbm_fast.nn import UNet, winograd
 from sbm_fast.nn.conv import Conv2d, packed
 
+needs_kernels = pytest.mark.skipif(not _load.COMPILED, reason=_load.REASON)
+
 
 def case(kernel: int = 3, stride: int = 1, padding: int = 1, bias: bool = True) -> Conv2d:
     torch.manual_seed(0)
@@ -121,6 +123,41 @@ def test_the_gradient_of_what_is_added(batch: int, size: int) -> None:
     assert plus.grad is not None and plus.grad.eq(0.5).all()
 
 
+@pytest.mark.parametrize("batch", [1, 4])  # torch's own, and Winograd
+def test_gradients_by_the_input_alone(batch: int) -> None:
+    conv, x = case().requires_grad_(False), image(batch).requires_grad_()
+    want = conv(x, gain=0.7)
+    dy, plus = torch.randn_like(want), torch.randn_like(want).requires_grad_()
+    (dx,) = torch.autograd.grad(want, x, dy)
+    with packed(conv):
+        y = conv(x, gain=0.7, plus=plus)
+        torch.testing.assert_close(y, want + 0.7 * plus, rtol=1e-5, atol=1e-5)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            given = dy.contiguous(memory_format=layout)
+            got = torch.autograd.grad(y, (x, plus), given, retain_graph=True)
+            torch.testing.assert_close(got[0], dx, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got[1], 0.7 * dy)
+        packs = {(2, False), (2, True)} if batch == 4 and _load.COMPILED else set()
+        assert set(conv._packs or ()) == packs
+        twice = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
+        assert torch.autograd.grad(twice.sum(), x, retain_graph=True)[0].abs().sum() > 0
+        many = torch.autograd.grad(y, x, torch.stack([dy, 2 * dy]), is_grads_batched=True)[0]
+        torch.testing.assert_close(many[1], 2 * dx, rtol=1e-5, atol=1e-5)
+    assert conv._packs is None
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], dx, rtol=1e-5, atol=1e-5)
+    assert conv._packs is None  # also after the block
+
+
+@needs_kernels
+def test_weights_changed_before_the_backward() -> None:
+    conv, x = case().requires_grad_(False), image(4).requires_grad_()
+    with packed(conv):
+        y = conv(x)
+        conv.weight.mul_(2.0)
+        with pytest.raises(RuntimeError, match="weights were changed"):
+            y.sum().backward()
+
+
 @pytest.mark.parametrize("batch", [1, 4])  # the direct sum, and Winograd
 @pytest.mark.parametrize("joined", ["", "primal", "dual"])
 @pytest.mark.parametrize("last", [True, False])
@@ -187,9 +224,6 @@ def test_other_inputs_go_torchs_way() -> None:
         torch.testing.assert_close(compiled(image()), conv(image()), rtol=1e-5, atol=1e-5)
 
 
-needs_kernels = pytest.mark.skipif(not _load.COMPILED, reason=_load.REASON)
-
-
 def test_when_winograd_is_used() -> None:
     """By the number of tiles; never for few channels, for channels first, or without kernels."""
     sides = {(1, 9): 0, (2, 9): 2, (1, 11): 2, (4, 16): 4, (1, 29): 4, (64, 4): 4, (8, 4): 2}
@@ -208,7 +242,7 @@ def test_every_way_to_convolve(batch: int, size: int, side: int, bias: bool) -> 
     plus = torch.randn(want.shape)
     with torch.no_grad(), packed(conv):
         got = conv(x, gain=0.7, plus=plus)
-        assert list(conv._packs) == [side]
+        assert list(conv._packs) == [(side, False)]
         assert got.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(got.double(), 0.7 * (want + plus), rtol=0, atol=1e-5)
         conv.weight.mul_(2.0)
@@ -226,7 +260,7 @@ def test_both_packs_are_kept_where_both_are_used() -> None:
     with torch.no_grad(), packed(conv):
         for batch in (1, 4, 1):
             conv(image(batch))
-        assert sorted(conv._packs) == [0, 2]
+        assert sorted(conv._packs) == [(0, False), (2, False)]
     assert conv._packs is None
 
 
@@ -246,7 +280,7 @@ def test_a_network_by_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(winograd, "FEWEST", rule)
             with packed(net):
                 got = net(x, label).double()
-                sides = {s for m in net.modules() for s in getattr(m, "_packs", None) or ()}
+                sides = {s for m in net.modules() for s, _ in getattr(m, "_packs", None) or ()}
             assert not rule or sides & set(rule)
             errors[str(rule)] = float((got - want).norm() / want.norm())
     assert max(errors.values()) < 3 * errors["{}"], errors
