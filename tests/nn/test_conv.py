@@ -141,7 +141,8 @@ def test_gradients_by_the_input_alone(batch: int) -> None:
         assert set(conv._packs or ()) == packs
         twice = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
         assert torch.autograd.grad(twice.sum(), x, retain_graph=True)[0].abs().sum() > 0
-        many = torch.autograd.grad(y, x, torch.stack([dy, 2 * dy]), is_grads_batched=True)[0]
+        both = torch.stack([dy, 2 * dy])
+        many = torch.autograd.grad(y, x, both, retain_graph=True, is_grads_batched=True)[0]
         torch.testing.assert_close(many[1], 2 * dx, rtol=1e-5, atol=1e-5)
     assert conv._packs is None
     torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], dx, rtol=1e-5, atol=1e-5)
