@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
+from sbm_fast.nn._transforms import JVP, VMAP, fold, levels
 from sbm_fast.ops import group_norm_silu as ops
 
 MaybeTensor = Tensor | None
-_JVP = torch._C._functorch.TransformType.Jvp
-_VMAP = torch._C._functorch.TransformType.Vmap
 Rows = tuple[MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]
 """weight, bias, scale, shift"""
 
@@ -129,17 +128,10 @@ def _run_product(
     return (out,) if sums is None else (out, sums)
 
 
-def _levels() -> list[Any]:
-    """The functorch transforms that are active, outermost first."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return []
-    return torch._C._functorch.get_interpreter_stack() or []
-
-
 def nested_forward_mode() -> bool:
     """Whether functorch differentiates in forward mode more than once: the inner rule of a Function
     is hidden from the outer level, and zeros would come out."""
-    return sum(level.key() == _JVP for level in _levels()) > 1
+    return levels().count(JVP) > 1
 
 
 def _needs_formula(*tensors: MaybeTensor, forward: bool = False) -> bool:
@@ -148,21 +140,13 @@ def _needs_formula(*tensors: MaybeTensor, forward: bool = False) -> bool:
     for ops."""
     if torch.compiler.is_compiling():
         return False  # AOTAutograd has first derivatives only
-    kinds = [level.key() for level in _levels() if level.key() != _VMAP]
-    if kinds != ([_JVP] if forward and kinds else []):  # its own transform, and no other
+    kinds = [kind for kind in levels() if kind != VMAP]
+    if kinds != ([JVP] if forward and kinds else []):  # its own transform, and no other
         return True
     given = [v for v in tensors if v is not None]
     if torch.is_grad_enabled() and any(v.requires_grad for v in given):
         return True
     return any(torch._C._functorch.is_legacy_batchedtensor(v) for v in given)
-
-
-def _fold(v: MaybeTensor, dim: int | None, size: int) -> MaybeTensor:
-    """[size, B, …] as [size·B, …]."""
-    if v is None:
-        return None
-    v = v.expand(size, *v.shape) if dim is None else v.movedim(dim, 0)
-    return v.flatten(0, 1)
 
 
 def _over_vmap(
@@ -181,7 +165,7 @@ def _over_vmap(
         ]  # fmt: skip
         return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), 0
     folded = [
-        _fold(v, d, size) if isinstance(v, Tensor) and i not in shared else v
+        fold(v, d, size) if isinstance(v, Tensor) and i not in shared else v
         for i, (v, d) in enumerate(zip(arguments, dims, strict=True))
     ]
     for i in mapped:  # over nothing: any values do
@@ -216,7 +200,7 @@ def _product(
     silu: bool,
     forward: bool,
 ) -> tuple[Tensor, ...]:
-    call = _Product.apply if _levels() else _run_product
+    call = _Product.apply if levels() else _run_product
     return call(given, h, stats, *rows, *dots, gain, silu, forward)
 
 

@@ -22,6 +22,7 @@ from torch.autograd.function import Function
 from torch.nn.grad import conv2d_input
 
 from sbm_fast.nn import winograd
+from sbm_fast.nn._transforms import JVP, VMAP, fold, levels
 from sbm_fast.ops.winograd import weights as winograd_weights
 
 SMALLEST = 64 * 64
@@ -29,8 +30,6 @@ SMALLEST = 64 * 64
 _IMAGE = 16, 16
 """What weights are packed for; the pack serves images of all sizes and batches as well."""
 _lock = threading.Lock()
-_JVP = torch._C._functorch.TransformType.Jvp
-_VMAP = torch._C._functorch.TransformType.Vmap
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,13 +109,11 @@ class Conv2d(nn.Conv2d):
 
     def _differentiated(self, x: Tensor, plus: Tensor | None) -> str:
         """ "not", "once" (by what it is given, in one of the modes) or "otherwise"."""
-        own, given = (self.weight, self.bias), (x, plus)
-        backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in own):
+        if _wanted(self.weight, self.bias):
             return "otherwise"
-        if torch._C._are_functorch_transforms_active():
-            kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or []]
-            once = not backward and kinds.count(_JVP) <= 1 and set(kinds) <= {_JVP, _VMAP}
+        backward = _wanted(x, plus)
+        if kinds := levels():
+            once = not backward and kinds.count(JVP) <= 1 and set(kinds) <= {JVP, VMAP}
             return "once" if once else "otherwise"
         if forward_ad._current_level >= 0:
             return "otherwise" if backward else "once"
@@ -202,23 +199,21 @@ class _Packed(Function):
             return None if plus_dot is None else ctx.gain * plus_dot
         if ctx.last:
             x_dot = x_dot.contiguous(memory_format=torch.channels_last)
-        inside = torch._C._are_functorch_transforms_active()
-        run = _Packed.apply if inside else ctx.conv._convolved
-        y: Tensor = run(x_dot, plus_dot, *((ctx.conv,) if inside else ()), ctx.gain, False)
+        run = _Packed.apply if levels() else _Packed.forward
+        y: Tensor = run(x_dot, plus_dot, ctx.conv, ctx.gain, False)
         return y
 
     @staticmethod
     def vmap(info: Any, dims: Any, x: Tensor, plus: Tensor | None, *others: Any) -> Any:
         """The mapped dimension becomes part of the batch."""
         size = info.batch_size
-
-        def folded(v: Tensor, dim: int | None) -> Tensor:
-            v = v.expand(size, *v.shape) if dim is None else v.movedim(dim, 0)
-            return v.flatten(0, 1)
-
-        plus = None if plus is None else folded(plus, dims[1])
-        y: Tensor = _Packed.apply(folded(x, dims[0]), plus, *others)
+        y: Tensor = _Packed.apply(fold(x, dims[0], size), fold(plus, dims[1], size), *others)
         return y.unflatten(0, (size, -1)), 0
+
+
+def _wanted(*tensors: Tensor | None) -> bool:
+    """Whether a gradient by one of them is recorded."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 @contextmanager

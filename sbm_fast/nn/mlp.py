@@ -70,7 +70,7 @@ class MLP(Network):
         out_features = features if out_features is None else out_features
         embedding_width = width if embedding_width is None else embedding_width
         if embedding_scale is None:
-            embedding_scale = SCALES[options.one_of(*SCALES)("embedding", embedding)]
+            embedding_scale = SCALES[options.choice("embedding", embedding, tuple(SCALES))]
         c = options.checked(self.RULES, locals())
         if carried.get("sample_shape") is None:
             carried["sample_shape"] = (features,)
