@@ -95,3 +95,13 @@ def run_python(code: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def by_instruction_set(code: str) -> dict[str, tuple[str, ...]]:
+    """What `code` prints behind the level that it reached, for every level of this processor."""
+    outputs = {}
+    for level in ("portable", "avx2", "avx512"):
+        reached, *lines = run_python(code, SBM_FAST_CPU=level).split("\n")
+        if reached == level:  # else this processor lacks it
+            outputs[level] = tuple(lines)
+    return outputs

@@ -233,8 +233,5 @@ for last in (False, True):
 
 @pytest.mark.skipif(not _load.COMPILED, reason=_load.REASON)
 def test_instruction_sets_give_the_same_bits() -> None:
-    found = {}
-    for level in ("portable", "avx2", "avx512"):
-        reached, *digests = noise_cases.run_python(LEVEL_CODE, SBM_FAST_CPU=level).split("\n")
-        found[reached] = tuple(digests)
+    found = noise_cases.by_instruction_set(LEVEL_CODE)
     assert "portable" in found and len(set(found.values())) == 1, found

@@ -269,10 +269,6 @@ for dtype in (F32, F64):
 @pytest.mark.skipif(not _load.COMPILED, reason=_load.REASON)
 def test_instruction_sets_give_the_same_bits() -> None:
     """Of this op and of `error_norm_`."""
-    outputs = {}
-    for level in ("portable", "avx2", "avx512"):
-        reached, *digests = noise_cases.run_python(LEVEL_CODE, SBM_FAST_CPU=level).split("\n")
-        if reached == level:  # else this processor lacks it
-            outputs[level] = digests
+    outputs = noise_cases.by_instruction_set(LEVEL_CODE)
     assert "portable" in outputs
-    assert len({tuple(d) for d in outputs.values()}) == 1, outputs
+    assert len(set(outputs.values())) == 1, outputs
