@@ -349,6 +349,30 @@ void finish_norm(const GroupNormArgs<S>& a, int64_t sample, const Pieces& pieces
   for (S* row : {room.row(R::kMean), factor, beta}) repeat_row(room, row, n);
 }
 
+// SiLU is a long chain of operations. Behind loads that wait for the second-level cache it fills
+// the processor's queue, so it gets loops of its own, over this many numbers.
+constexpr int64_t kSiluBlock = 128;
+
+// out[i] = act(normalised(i)) for i < n.
+template <bool kSilu, class S, class Normalised>
+SBM_HD void activate(const Normalised& normalised, int64_t n, S* out) {
+  int64_t i = 0;
+  if (kSilu) {
+    for (; i + kSiluBlock <= n; i += kSiluBlock) {
+      alignas(64) S v[kSiluBlock];
+      SBM_IVDEP
+      for (int64_t k = 0; k < kSiluBlock; ++k) v[k] = normalised(i + k);
+      SBM_IVDEP
+      for (int64_t k = 0; k < kSiluBlock; ++k) out[i + k] = silu(v[k]);
+    }
+  }
+  SBM_IVDEP
+  for (int64_t k = i; k < n; ++k) {
+    const S v = normalised(k);
+    out[k] = kSilu ? silu(v) : v;
+  }
+}
+
 template <bool kLast, bool kSilu, bool kAdd, class S>
 void normalise_rows(const Piece& p, const S* h, const GroupNormRoom<S>& room, S* out) {
   using R = GroupNormRoom<S>;
@@ -357,13 +381,11 @@ void normalise_rows(const Piece& p, const S* h, const GroupNormRoom<S>& room, S*
     const Along<kLast, S> offset(room.row(R::kOffset), channel);
     const Along<kLast, S> add(room.row(R::kAdd), channel);
     const S* const from = h + at;
-    S* const to = out + at;
-    SBM_IVDEP
-    for (int64_t i = 0; i < length; ++i) {
+    const auto normalised = [&](int64_t i) {
       const S v = kAdd ? from[i] + add[i] : from[i];
-      const S n = fused(v - mean[i], factor[i], offset[i]);
-      to[i] = kSilu ? silu(n) : n;
-    }
+      return S(fused(v - mean[i], factor[i], offset[i]));
+    };
+    activate<kSilu>(normalised, length, out + at);
   });
 }
 
