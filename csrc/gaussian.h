@@ -48,6 +48,8 @@ struct ScalarPack {
   SBM_HD F to_float(I i) { return float(i); }
   SBM_HD I nearest(F f) { return I(rintf(f)); }
   SBM_HD F if_odd(I k, F odd, F even) { return k & 1 ? odd : even; }
+  // −v where the top bit of k is set
+  SBM_HD F flip(F v, I k) { return from_bits(bits(v) ^ (k & INT32_MIN)); }
 };
 
 // u(w) = fma(float32(w), 2⁻³², 2⁻³³), in (0, 1].
@@ -104,11 +106,9 @@ SBM_HD void cos_sin_turn(typename P::F u, typename P::F& c, typename P::F& s) {
   cosine = P::fma(cosine, r2, P::set(-1.2337005138397217f));
   cosine = P::fma(cosine, r2, P::set(1.0f));
   // Quadrant k: (c, s), (−s, c), (−c, −s), (s, −c).
-  const auto two = P::seti(2);
-  const auto c_sign = P::template shift_left<30>(P::band(P::addi(k, P::seti(1)), two));
-  const auto s_sign = P::template shift_left<30>(P::band(k, two));
-  c = P::from_bits(P::bxor(P::bits(P::if_odd(k, sine, cosine)), c_sign));
-  s = P::from_bits(P::bxor(P::bits(P::if_odd(k, cosine, sine)), s_sign));
+  const auto next = P::addi(k, P::seti(1));
+  c = P::flip(P::if_odd(k, sine, cosine), P::template shift_left<30>(next));
+  s = P::flip(P::if_odd(k, cosine, sine), P::template shift_left<30>(k));
 }
 
 // z0 = r cos 2πu(w_angle), z1 = r sin 2πu(w_angle), r = √(−2 ln u(w_radius)).

@@ -2,6 +2,7 @@
 // Included once per instruction set, inside that set's own translation unit.
 #pragma once
 #include "noise_values.h"
+#include "side_by_side.h"
 
 namespace sbm {
 namespace {
@@ -89,11 +90,27 @@ constexpr int lane(int counter) {
   return 4 * (counter % (P::kLanes / 4)) + counter / (P::kLanes / 4);
 }
 
-template <class P, NoiseKind kind>
-SBM_HD void store_noise(const Lanes<P>& n, float* out) {
-  typename P::F z[4];
-  noise_values<P, kind>(n.w, z);
-  P::store4(out, z[0], z[1], z[2], z[3]);
+// Of n blocks of Philox calls, the normals of all of them side by side.
+template <class P, NoiseKind kind, int n>
+SBM_HD void store_noise(const Lanes<P>* words, float* const* out) {
+  typename P::F z[n][4];
+  if constexpr (kind == NoiseKind::normal) {
+    using All = SideBySide<P, 2 * n>;
+    typename All::U radius, angle;
+    typename All::F cosine, sine;
+    for (int i = 0; i < 2 * n; ++i) {
+      radius.v[i] = words[i / 2].w[i % 2 * 2];
+      angle.v[i] = words[i / 2].w[i % 2 * 2 + 1];
+    }
+    box_muller<All>(radius, angle, cosine, sine);
+    for (int i = 0; i < 2 * n; ++i) {
+      z[i / 2][i % 2 * 2] = cosine.v[i];
+      z[i / 2][i % 2 * 2 + 1] = sine.v[i];
+    }
+  } else {
+    for (int i = 0; i < n; ++i) noise_values<P, kind>(words[i].w, z[i]);
+  }
+  for (int i = 0; i < n; ++i) P::store4(out[i], z[i][0], z[i][1], z[i][2], z[i][3]);
 }
 
 // Blocks of kLanes consecutive groups of one sample, two blocks side by side. A sample's last block
@@ -121,12 +138,14 @@ void fill_blocks(const uint64_t* keys, int64_t samples, uint64_t first_group, in
     }
     const SharedKeys<P>* const k[4] = {&round_keys[0], &round_keys[0], &round_keys[1],
                                        &round_keys[1]};
-    Lanes<P> noise[2];
-    if (count == 2)
-      philox_lanes<P, 2>(c, draw, stream, k, noise);
-    else
-      philox_lanes<P, 1>(c, draw, stream, k, noise);
-    for (int i = 0; i < count; ++i) store_noise<P, kind>(noise[i], to[i]);
+    Lanes<P> words[2];
+    if (count == 2) {
+      philox_lanes<P, 2>(c, draw, stream, k, words);
+      store_noise<P, kind, 2>(words, to);
+    } else {
+      philox_lanes<P, 1>(c, draw, stream, k, words);
+      store_noise<P, kind, 1>(words, to);
+    }
   }
 }
 
@@ -150,9 +169,10 @@ void fill_packed(const uint64_t* keys, int64_t samples, uint64_t first_group, in
     even.set(P::loadw(key[0]));
     odd.set(P::loadw(key[1]));
     const LaneKeys<P>* const round_keys[2] = {&even, &odd};
-    Lanes<P> noise;
-    philox_lanes<P, 1>(c, draw, stream, round_keys, &noise);
-    store_noise<P, kind>(noise, out + 4 * first);
+    Lanes<P> words;
+    philox_lanes<P, 1>(c, draw, stream, round_keys, &words);
+    float* const to = out + 4 * first;
+    store_noise<P, kind, 1>(&words, &to);
   }
 }
 

@@ -43,6 +43,7 @@ struct Avx2Pack {
   SBM_HD F if_odd(I k, F odd, F even) {
     return _mm256_blendv_ps(even, odd, _mm256_castsi256_ps(_mm256_slli_epi32(k, 31)));
   }
+  SBM_HD F flip(F v, I k) { return from_bits(bxor(bits(v), band(k, seti(INT32_MIN)))); }
 
   // 64-bit lanes for Philox: only the low word of a lane counts, the high one may hold rubbish.
   using W = __m256i;

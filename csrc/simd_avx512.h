@@ -43,6 +43,9 @@ struct Avx512Pack {
   SBM_HD F if_odd(I k, F odd, F even) {
     return _mm512_mask_blend_ps(_mm512_test_epi32_mask(k, seti(1)), even, odd);
   }
+  SBM_HD F flip(F v, I k) {  // v ^ (k & top bit)
+    return from_bits(_mm512_ternarylogic_epi32(bits(v), k, seti(INT32_MIN), 0x78));
+  }
 
   // 64-bit lanes for Philox: only the low word of a lane counts, the high one may hold rubbish.
   using W = __m512i;
