@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sbm_fast.module_state import eval_mode
 from sbm_fast.nn.conv import packed
-from sbm_fast.nn.network import CHUNK, Prepared, prepare
+from sbm_fast.nn.network import CHUNK, Prepared, can_be_prepared
 from sbm_fast.plan import H0, NORMS, TAIL_LANES, Plan, Z
 from sbm_fast.row_inputs import RowInputs
 from sbm_fast.row_step import (
@@ -153,8 +153,10 @@ class Run:
 
         Made anew at every advance: the weights may have changed since the last one.
         """
+        if not can_be_prepared(self.net):
+            return None
         label = torch.tensor(self.plan.label[begin:end])
-        return prepare(self.net, label.to(self.memory.x.device, self._label_dtype))
+        return self.net.prepare(label.to(self.memory.x.device, self._label_dtype))
 
     @property
     def x(self) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sbm_fast
 from sbm_fast.nn import SongUNet, UNet
-from sbm_fast.nn.network import CHUNK, prepare
+from sbm_fast.nn.network import CHUNK, can_be_prepared
 
 
 def small(**options: Any) -> UNet:
@@ -79,7 +79,7 @@ def test_new_weights_are_seen_by_the_next_advance() -> None:
 
 def test_refresh_keeps_the_memory() -> None:
     net = small()
-    table = prepare(net, torch.linspace(1, 999, 5))
+    table = net.prepare(torch.linspace(1, 999, 5))
     assert table is not None
     x, row = torch.randn(3, 1, 8, 8), torch.tensor([4, 0, 2])
     places = {name: value.data_ptr() for name, value in table._held.items()}
@@ -124,5 +124,5 @@ def test_what_a_table_would_pass_by_is_called(reason: str) -> None:
         net.compile(backend="eager")
     else:
         net.projections()[0].register_forward_hook(lambda *_: None)
-    assert prepare(net, torch.ones(3)) is None
-    assert prepare(lambda x, t: x, torch.ones(3)) is None
+    assert not can_be_prepared(net)
+    assert not can_be_prepared(lambda x, t: x)

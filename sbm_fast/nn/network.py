@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -242,22 +242,21 @@ CHUNK = 64
 """Labels that one product of the time table takes."""
 
 
-def prepare(net: object, labels: Tensor) -> Prepared | None:
-    """``net.prepare(labels)`` where that says all that a call of ``net`` does.
+def can_be_prepared(net: object) -> TypeGuard[Network]:
+    """Whether ``net.prepare(labels)`` says all that a call of ``net`` does.
 
-    None for anything but a `Network` with the `forward` of this module, without hooks, not compiled
-    in place, and with the projections that it was built with.
+    False for anything but a `Network` with the `forward` of this module, without hooks, not
+    compiled in place, and with the projections that it was built with.
     """
     if not isinstance(net, Network) or type(net).forward is not Network.forward:
-        return None
+        return False
     if net._compiled_call_impl is not None:  # ``net.compile()``
-        return None
-    for module in (net, *net.projections()):
+        return False
+    projections = net.projections()
+    for module in (net, *projections):
         if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-            return None
-    if any(type(projection) is not nn.Linear for projection in net.projections()):
-        return None
-    return net.prepare(labels)
+            return False
+    return all(type(projection) is nn.Linear for projection in projections)
 
 
 class Prepared:
