@@ -28,6 +28,8 @@ struct StepArgs {
     const int64_t r = row[b * row_stride];
     return r < rows ? r : -1;
   }
+  // Samples whose rows have to be looked at: one stands for all where all share a row number.
+  int64_t distinct() const { return row_stride == 0 && batch > 0 ? 1 : batch; }
   SBM_BOTH int norm_of(int64_t b) const {
     const int64_t r = row_of(b);
     return r < 0 ? int(kNoNorm) : int(field[r * kFields + kNorm]);

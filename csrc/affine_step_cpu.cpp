@@ -18,8 +18,7 @@ void run(const StepArgs<double>& args, const Tile& tile) { cpu_kernels().step_f6
 
 template <class S>
 bool has_norm(const StepArgs<S>& args) {
-  const int64_t distinct = args.row_stride == 0 && args.batch > 0 ? 1 : args.batch;
-  for (int64_t b = 0; b < distinct; ++b)
+  for (int64_t b = 0; b < args.distinct(); ++b)
     if (args.norm_of(b) != kNoNorm) return true;
   return false;
 }
@@ -31,7 +30,7 @@ void find_epsilon(StepArgs<S>& args) {
   const int64_t size = args.batch * args.numel;
   bool keep = !args.noise.given() && size <= kKeptNoise;
   // Other rows make their own z.
-  for (int64_t b = 0; keep && b < args.batch; ++b) keep = args.norm_of(b) != kNoNorm;
+  for (int64_t b = 0; keep && b < args.distinct(); ++b) keep = args.norm_of(b) != kNoNorm;
   if (keep) kept.resize(size_t(size));
   langevin_epsilon_cpu(args, args.epsilon, keep ? kept.data() : nullptr);
   if (!keep) return;
@@ -46,11 +45,13 @@ void find_epsilon(StepArgs<S>& args) {
 template <class S>
 void write_next_time(const StepArgs<S>& args) {
   const RowLayout layout{args.registers};
-  for (int64_t b = 0; b < args.batch; ++b) {
+  const int64_t each = args.distinct(), alike = each == 1 ? args.batch : 1;
+  for (int64_t b = 0; b < each; ++b) {
     const int64_t row = args.row_of(b);
     if (row < 0) continue;
     const S* hi = args.coef + row * 2 * layout.lanes();
-    if (hi[layout.next_scale()] != S(0)) args.net_time[b] = hi[layout.next_label()];
+    if (hi[layout.next_scale()] != S(0))
+      std::fill_n(args.net_time + b, alike, hi[layout.next_label()]);
   }
 }
 

@@ -20,7 +20,7 @@ template <class S>
 void check_sources(const sbm::StepArgs<S>& a, bool coupled) {
   if (a.numel == 0) return;
   const sbm::RowLayout layout{a.registers};
-  for (int64_t b = 0; b < (a.row_stride == 0 ? (a.batch > 0) : a.batch); ++b) {
+  for (int64_t b = 0; b < a.distinct(); ++b) {
     const int64_t row = a.row_of(b);
     if (row < 0) continue;
     const S* hi = a.coef + row * 2 * layout.lanes();

@@ -181,15 +181,20 @@ class TileStep {
   Buffer<float> narrow_;
 };
 
+template <class T>
+bool all_same(const T* v, int64_t count) {
+  int others = 0;
+  for (int64_t i = 1; i < count; ++i) others |= v[i] != v[0];
+  return !others;
+}
+
 // Whether samples [first, first + count) can be treated as one long sample.
 template <class S>
 bool alike(const StepArgs<S>& a, int64_t first, int64_t count) {
-  for (int64_t b = first + 1; b < first + count; ++b) {
+  for (int64_t b = first + 1; a.row_stride != 0 && b < first + count; ++b)
     if (a.row[b * a.row_stride] != a.row[first * a.row_stride]) return false;
-    if (a.epsilon && !(a.epsilon[b] == a.epsilon[first])) return false;
-    if (a.guidance && a.guidance[b] != a.guidance[first]) return false;
-  }
-  return true;
+  return (!a.epsilon || all_same(a.epsilon + first, count)) &&
+         (!a.guidance || all_same(a.guidance + first, count));
 }
 
 template <class P, class S>

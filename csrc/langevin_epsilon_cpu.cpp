@@ -2,6 +2,7 @@
 
 #include <math.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "tiles.h"
@@ -16,60 +17,78 @@ void squares(const StepArgs<double>& args, const Tile& tile, SquareSums<double>*
   cpu_kernels().squares_f64(args, tile, sums, z);
 }
 
-template <class S>
-S mean(const std::vector<S>& v) {
-  return tree_sum<S>(int64_t(v.size()), [&](int64_t b) { return v[size_t(b)]; }) / S(v.size());
-}
-
 // Working memory, kept between calls: a sampler's loop allocates nothing after its first step.
 template <class S>
 struct Scratch {
   std::vector<SquareSums<S>> partial;
-  std::vector<S> score, noise, batch_score, batch_noise;
+  std::vector<S> score, noise, coupled;
 };
+
+// ‖s‖ and ‖z‖ of every sample.
+template <class S>
+void find_norms(const StepArgs<S>& args, S* keep_noise, Scratch<S>& m) {
+  const Tiling tiling(args.batch, args.numel);
+  const int64_t tiles = tiling.per_sample;
+  m.partial.resize(size_t(args.batch * tiles));
+  SquareSums<S>* const partial = m.partial.data();
+  tiling.each([&](const Tile& tile) {
+    squares(args, tile, partial + tile.sample * tiles + tile.first / kTile,
+            keep_noise ? keep_noise + tile.sample * args.numel + tile.first : nullptr);
+  });
+  m.score.resize(size_t(args.batch));
+  m.noise.resize(size_t(args.batch));
+  S *const score = m.score.data(), *const noise = m.noise.data();
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const SquareSums<S>* const own = partial + b * tiles;
+    score[b] = tree_sum<S>(tiles, [&](int64_t i) { return own[i].score; });
+    noise[b] = tree_sum<S>(tiles, [&](int64_t i) { return own[i].noise; });
+  }
+  for (int64_t b = 0; b < args.batch; ++b) score[b] = sqrt(score[b]), noise[b] = sqrt(noise[b]);
+}
+
+// Mean over the samples that stand at a row which couples them.
+template <class S>
+S coupled_mean(const StepArgs<S>& args, const std::vector<S>& norms, std::vector<S>& room) {
+  if (args.distinct() == 1) {
+    room = norms;
+  } else {
+    room.clear();
+    for (int64_t b = 0; b < args.batch; ++b)
+      if (args.norm_of(b) == kBatchMean) room.push_back(norms[size_t(b)]);
+  }
+  const size_t count = room.size();
+  return count == 0 ? S(0) : tree_sum(room.data(), int64_t(count)) / S(count);
+}
 
 }  // namespace
 
 template <class S>
 void langevin_epsilon_cpu(const StepArgs<S>& args, S* epsilon, S* keep_noise) {
   static thread_local Scratch<S> scratch;
-  Scratch<S>& m = scratch;  // the workers below must not name their own thread's
-  const Tiling tiling(args.batch, args.numel);
-  m.partial.resize(size_t(args.batch * tiling.per_sample));
-  tiling.each([&](const Tile& tile) {
-    SquareSums<S>* sums = m.partial.data() + tile.sample * tiling.per_sample + tile.first / kTile;
-    squares(args, tile, sums,
-            keep_noise ? keep_noise + tile.sample * args.numel + tile.first : nullptr);
-  });
-
-  m.score.resize(size_t(args.batch));
-  m.noise.resize(size_t(args.batch));
-  m.batch_score.clear();
-  m.batch_noise.clear();
-  for (int64_t b = 0; b < args.batch; ++b) {
-    const SquareSums<S>* own = m.partial.data() + b * tiling.per_sample;
-    const auto score = [&](int64_t i) { return own[i].score; };
-    const auto noise = [&](int64_t i) { return own[i].noise; };
-    m.score[size_t(b)] = S(sqrt(tree_sum<S>(tiling.per_sample, score)));
-    m.noise[size_t(b)] = S(sqrt(tree_sum<S>(tiling.per_sample, noise)));
-    if (args.norm_of(b) != kBatchMean) continue;
-    m.batch_score.push_back(m.score[size_t(b)]);
-    m.batch_noise.push_back(m.noise[size_t(b)]);
-  }
-  const S mean_score = mean(m.batch_score), mean_noise = mean(m.batch_noise);
+  Scratch<S>& m = scratch;  // the workers must not name their own thread's
+  find_norms(args, keep_noise, m);
+  const S mean_score = coupled_mean(args, m.score, m.coupled);
+  const S mean_noise = coupled_mean(args, m.noise, m.coupled);
 
   const RowLayout layout{args.registers};
-  for (int64_t b = 0; b < args.batch; ++b) {
+  const S *const score = m.score.data(), *const noise = m.noise.data();
+  const bool shared = args.distinct() == 1 && args.norm_of(0) == kBatchMean;
+  const int64_t count = shared ? 1 : args.batch;
+  for (int64_t b = 0; b < count; ++b) {
     const int norm = args.norm_of(b);
-    epsilon[b] = S(0);
-    if (norm == kNoNorm) continue;
+    if (norm == kNoNorm) {
+      epsilon[b] = S(0);
+      continue;
+    }
     const S scale = args.coef[args.row_of(b) * 2 * layout.lanes() + layout.step_scale()];
-    const S score = norm == kBatchMean ? mean_score : m.score[size_t(b)];
-    const S noise = norm == kBatchMean ? mean_noise
-                    : norm == kSqrtD   ? S(sqrt(S(args.numel)))
-                                       : m.noise[size_t(b)];
-    epsilon[b] = langevin_epsilon(scale, noise, score);
+    if (norm == kBatchMean) {
+      epsilon[b] = langevin_epsilon(scale, mean_noise, mean_score);
+    } else {
+      const S own = norm == kSqrtD ? S(sqrt(S(args.numel))) : noise[b];
+      epsilon[b] = langevin_epsilon(scale, own, score[b]);
+    }
   }
+  if (shared) std::fill_n(epsilon + 1, args.batch - 1, epsilon[0]);
 }
 
 template void langevin_epsilon_cpu(const StepArgs<float>&, float*, float*);

@@ -20,8 +20,11 @@ void fill_tile(const uint64_t* keys, const Tile& t, uint32_t draw, uint32_t stre
   fill_groups<P, kind>(keys + t.sample, t.samples, uint64_t(t.first) / 4, groups, draw, stream,
                        out);
   if (t.samples == 1 || t.count % 4 == 0) return;
-  for (int64_t s = 1; s < t.samples; ++s)
-    memmove(out + s * t.count, out + s * groups * 4, size_t(t.count) * sizeof(float));
+  for (int64_t s = 1; s < t.samples; ++s) {  // forwards, and towards the front
+    const float* const from = out + s * groups * 4;
+    float* const to = out + s * t.count;
+    for (int64_t i = 0; i < t.count; ++i) to[i] = from[i];
+  }
 }
 
 // What a tile's sources look like to the inner loop: pointers and split coefficients, those with a
