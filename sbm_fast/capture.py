@@ -307,6 +307,12 @@ def _addresses(net: object) -> list[tuple[int, int]]:
     return [(id(t), t.data_ptr() if type(t) in plain else 0) for t in held]
 
 
+def _kinds(net: object) -> dict[str, str]:
+    """Dtype and device of a module's parameters."""
+    named = net.named_parameters() if isinstance(net, torch.nn.Module) else ()
+    return {name: f"{p.dtype} on {p.device}" for name, p in named}
+
+
 class Capture:
     """The recordings of one sampler; its runs go through them in turns."""
 
@@ -314,6 +320,7 @@ class Capture:
         self._recorder = recorder
         self._recordings: dict[tuple[bool, bool], Recording] = {}
         self._weights: list[tuple[int, int]] = []
+        self._kinds: dict[str, str] = {}
         self._lock, self._holder = threading.Lock(), 0
 
     def rows(self, run: Run, end: int) -> Generator[int, None, None]:
@@ -355,6 +362,7 @@ class Capture:
     def _recording(self, run: Run) -> Recording:
         weights = _addresses(run.net)
         if weights != self._weights:  # they were replaced: the graphs would read freed memory
+            self._check_kinds(run.net)
             for recording in self._recordings.values():
                 recording.graphs.clear()
             self._weights = weights
@@ -362,3 +370,15 @@ class Capture:
         if kind not in self._recordings:
             self._recordings[kind] = Recording(run)
         return self._recordings[kind]
+
+    def _check_kinds(self, net: object) -> None:
+        """The recordings' memory is made for the network's dtype and device as they were."""
+        kinds = _kinds(net)
+        for name, kind in kinds.items() if self._recordings else ():
+            before = self._kinds.get(name, kind)
+            if kind != before:
+                raise ValueError(
+                    f"model: expected {name} to be {before} as it was recorded, got {kind}; use "
+                    "another Sampler"
+                )
+        self._kinds = kinds

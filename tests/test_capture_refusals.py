@@ -150,6 +150,36 @@ def test_conditioning_may_be_nested_but_holds_no_objects() -> None:
         replay(seed=0, cond={"parts": [torch.ones(1).numpy()]})
 
 
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(SHAPE[-1], SHAPE[-1])
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def test_a_network_that_was_cast_or_moved_is_named() -> None:
+    net = Product()
+    loop, replay, recorder = pair("em", net)
+    expected = loop(seed=0)
+    assert torch.equal(replay(seed=0), expected)
+    changes: list[tuple[Callable[[], object], str]] = [
+        (net.bfloat16, "got torch.bfloat16 on cpu; use another Sampler"),
+        (lambda: net.float().to("meta"), "got torch.float32 on meta; use another Sampler"),
+    ]
+    for change, got in changes:
+        weights = {name: value.clone() for name, value in net.state_dict().items()}
+        change()
+        for _ in range(2):
+            match = f"^model: expected linear.weight to be torch.float32 on cpu as .*{got}"
+            with pytest.raises(ValueError, match=match):
+                replay(seed=0)
+        net.to_empty(device="cpu").float().load_state_dict(weights)
+        assert torch.equal(replay(seed=0), expected) and torch.equal(loop(seed=0), expected)
+    assert len(recorder.tapes) == 3
+
+
 def test_what_a_graph_cannot_have() -> None:
     with pytest.raises(ValueError, match=r"^cuda_graph: expected a run on a CUDA device.* cpu"):
         sample(cases.network, VPSDE(), (4, 3), cuda_graph=True, backend="eager")

@@ -136,4 +136,11 @@ class ADM(ConditionalNetwork):
 
 
 def _attention(width: int, per_head: int, norm: MakeNorm) -> SelfAttention:
-    return SelfAttention(width, width // per_head, norm=norm)
+    heads = width // per_head
+    if heads < 1 or width % heads:
+        need = f"divisible by {heads} heads" if heads else "at least one head"
+        raise ValueError(
+            f"channels times channel_mult must be {need} of channels_per_head {per_head} where "
+            f"there is attention, got {width}"
+        )
+    return SelfAttention(width, heads, norm=norm)

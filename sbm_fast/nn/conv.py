@@ -207,8 +207,9 @@ class _Packed(Function):
     def vmap(info: Any, dims: Any, x: Tensor, plus: Tensor | None, *others: Any) -> Any:
         """The mapped dimension becomes part of the batch."""
         size = info.batch_size
+        batch = next(n for d, n in enumerate(x.shape) if d != dims[0])
         y: Tensor = _Packed.apply(fold(x, dims[0], size), fold(plus, dims[1], size), *others)
-        return y.unflatten(0, (size, -1)), 0
+        return y.unflatten(0, (size, batch)), 0
 
 
 def _wanted(*tensors: Tensor | None) -> bool:

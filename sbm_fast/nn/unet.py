@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,26 @@ class UNet(ImageNetwork):
         TypeError, ValueError: an argument is outside these ranges; the message names it.
     """
 
-    SIZES = (
+    SIZES: ClassVar[tuple[str, ...]] = (
         *("in_channels", "out_channels", "channels", "channel_mult", "blocks_per_level"),
         *("middle_blocks", "embedding_width"),
     )
+    RULES: ClassVar[dict[str, options.Check]] = {
+        "in_channels": options.positive,
+        "out_channels": options.positive,
+        "channels": options.positive,
+        "channel_mult": options.positives,
+        "blocks_per_level": options.positive,
+        "middle_blocks": options.positive,
+        "heads": options.positive,
+        "embedding": options.one_of(*SCALES),
+        "embedding_scale": options.real,
+        "embedding_width": options.positive,
+        "group_size": options.positive,
+        "resample_conv": options.flag,
+        "film": options.flag,
+        "dropout": options.probability,
+    }
 
     def __init__(
         self,
@@ -85,30 +101,13 @@ class UNet(ImageNetwork):
         time: str | Callable[..., Any] = "999t",
         **carried: Any,
     ) -> None:
-        config = {
-            "in_channels": options.positive("in_channels", in_channels),
-            "out_channels": options.positive(
-                "out_channels", in_channels if out_channels is None else out_channels
-            ),
-            "channels": options.positive("channels", channels),
-            "channel_mult": options.positives("channel_mult", channel_mult),
-            "blocks_per_level": options.positive("blocks_per_level", blocks_per_level),
-            "middle_blocks": options.positive("middle_blocks", middle_blocks),
-            "attention_levels": options.levels(attention_levels, len(channel_mult)),
-            "heads": options.positive("heads", heads),
-            "embedding": options.choice("embedding", embedding, tuple(SCALES)),
-            "embedding_scale": options.real(
-                "embedding_scale",
-                SCALES[embedding] if embedding_scale is None else embedding_scale,
-            ),
-            "embedding_width": options.positive(
-                "embedding_width", 4 * channels if embedding_width is None else embedding_width
-            ),
-            "group_size": options.positive("group_size", group_size),
-            "resample_conv": options.flag("resample_conv", resample_conv),
-            "film": options.flag("film", film),
-            "dropout": options.probability("dropout", dropout),
-        }
+        out_channels = in_channels if out_channels is None else out_channels
+        if embedding_width is None:
+            embedding_width = 4 * options.positive("channels", channels)
+        if embedding_scale is None:
+            embedding_scale = SCALES[options.choice("embedding", embedding, tuple(SCALES))]
+        config = options.checked(self.RULES, locals())
+        config["attention_levels"] = options.levels(attention_levels, len(config["channel_mult"]))
         super().__init__(config, predicts=predicts, time=time, **carried)
         self._build()
         self._finish()

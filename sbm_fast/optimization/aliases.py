@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sbm_fast.optimization.joined import FusedNorm
+from sbm_fast.optimization.joined import FusedNorm, torchs_own
 from sbm_fast.optimization.scope import UNKNOWN, Scope, expressions, is_shape
 from sbm_fast.optimization.silu import known_silu
 
@@ -135,10 +135,11 @@ class Aliases:
 
 
 def makes_new(function: Any) -> bool:
-    """Whether a call's result is never its argument: convolutions, linear layers, norms, SiLU."""
+    """Whether a call's result is never its argument: torch's convolutions and linear layers,
+    fused norms, SiLU."""
     if isinstance(function, FusedNorm):
         return True
-    if isinstance(function, nn.Module):
+    if isinstance(function, nn.Module) and torchs_own(function):
         weight = getattr(function, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim > 1:
             return True

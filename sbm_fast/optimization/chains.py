@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from sbm_fast.optimization.aliases import Aliases, captured, makes_new, names_in, quiet
-from sbm_fast.optimization.joined import FusedNorm
+from sbm_fast.optimization.joined import FusedNorm, torchs_own
 from sbm_fast.optimization.scope import END, UNKNOWN, Flow, Scope, expressions, loads
 from sbm_fast.optimization.silu import known_silu
 
@@ -200,7 +200,7 @@ class Chains:
             return None
         maker = self._maker(x.id, statement)
         forgets = isinstance(statement, ast.AugAssign) or x.id == _target(statement)
-        if maker is None or not forgets:
+        if maker is None or not forgets or not torchs_own(self.scope.resolve(maker)):
             return None
         return Link("add_", node, None, (x, add, maker), frozenset({"sum"}))
 

@@ -17,10 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as globally
 
+from sbm_fast.nn.conv import Conv2d
 from sbm_fast.nn.functional import group_norm_silu
 
 SILU: set[object] = {nn.functional.silu, nn.SiLU.forward}
 """Functions, and forwards of modules, that are known to be SiLU."""
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+_TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+_TORCHS: set[object] = {kind.forward for kind in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED, Conv2d)}
+_TORCHS |= {kind._conv_forward for kind in _CONVOLUTIONS}
 
 
 class FusedNorm:
@@ -249,7 +254,15 @@ def _flat(v: Tensor | None, x: Tensor) -> Tensor | None:
 
 def _makes_new(maker: object) -> bool:
     """Whether the module's output is a tensor that nobody else holds: a convolution's."""
-    if not isinstance(maker, nn.Module) or not bare(maker):
+    if not isinstance(maker, nn.Module) or not bare(maker) or not torchs_own(maker):
         return False
     weight = maker._parameters.get("weight")
     return weight is not None and weight.ndim > 2
+
+
+def torchs_own(module: nn.Module) -> bool:
+    """Whether its class has torch's forward (or that of `Conv2d`, its packed twin) and not one of
+    its own, which may return what it is given."""
+    kind: Any = type(module)
+    made_by = getattr(kind, "_conv_forward", None)
+    return kind.forward in _TORCHS and (made_by is None or made_by in _TORCHS)

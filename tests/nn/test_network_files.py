@@ -90,7 +90,7 @@ def test_another_class_is_refused(tmp_path: Path) -> None:
         ("song_ddpmpp", {"channel_mult_emb": 10**9}, "largest tensor"),
         ("song_ncsnpp", {"channel_mult_noise": 10**9}, "largest tensor"),
         ("adm", {"channel_mult_emb": 10**9}, "largest tensor"),
-        ("adm", {"channels_per_head": 10**9}, "heads"),
+        ("adm", {"channels_per_head": 10**9}, "channels_per_head"),
     ],
 )
 def test_a_header_that_asks_for_too_much(

@@ -218,6 +218,59 @@ def test_order_of_reads_and_writes_is_kept() -> None:
     torch.testing.assert_close(mine, x)
 
 
+class ItsInput(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+class ItsInputBelow(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return input
+
+
+class ReadsWhatWasAddedTo(Block):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        y = x * 2
+        h = self.conv1(y)
+        h += self.emb(emb)[:, :, None, None]
+        h = self.act(self.norm2(h))
+        return h + y
+
+
+class WritesBehindTheConvolution(Block):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        y = x * 2
+        h = self.conv1(y)
+        h = h + self.emb(emb)[:, :, None, None]
+        h = self.act(self.norm2(h))
+        y[:, 0] = 0
+        return h + y
+
+
+@pytest.mark.parametrize("conv", [ItsInput, ItsInputBelow])
+@pytest.mark.parametrize(
+    ("make", "put_in_later"),
+    [
+        (ReadsWhatWasAddedTo, False),
+        (ReadsWhatWasAddedTo, True),
+        (WritesBehindTheConvolution, False),
+    ],
+)
+def test_a_convolution_that_returns_its_input(make: Any, put_in_later: bool, conv: Any) -> None:
+    block = awake(make())
+    plain = copy.deepcopy(block)
+    if put_in_later:
+        sbm_fast.optimize(block)
+    block.conv1, plain.conv1 = conv(8, 8, 3), conv(8, 8, 3)
+    if not put_in_later:
+        sbm_fast.optimize(block)
+    outs = [net(*given()) for net in (block, plain)]
+    torch.testing.assert_close(*outs)
+    for out in outs:
+        out.square().mean().backward()
+    torch.testing.assert_close(block.emb.weight.grad, plain.emb.weight.grad)
+
+
 def test_hooks_are_called(calls: list[str]) -> None:
     block = Nested()
     seen: list[Tensor] = []
