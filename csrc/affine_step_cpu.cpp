@@ -45,13 +45,13 @@ void find_epsilon(StepArgs<S>& args) {
 template <class S>
 void write_next_time(const StepArgs<S>& args) {
   const RowLayout layout{args.registers};
-  const int64_t each = args.distinct(), alike = each == 1 ? args.batch : 1;
+  const int64_t each = args.distinct(), count = each == 1 ? args.batch : 1;
   for (int64_t b = 0; b < each; ++b) {
     const int64_t row = args.row_of(b);
     if (row < 0) continue;
     const S* hi = args.coef + row * 2 * layout.lanes();
     if (hi[layout.next_scale()] != S(0))
-      std::fill_n(args.net_time + b, alike, hi[layout.next_label()]);
+      std::fill_n(args.net_time + b, count, hi[layout.next_label()]);
   }
 }
 

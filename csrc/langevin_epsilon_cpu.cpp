@@ -46,10 +46,11 @@ void find_norms(const StepArgs<S>& args, S* keep_noise, Scratch<S>& m) {
   for (int64_t b = 0; b < args.batch; ++b) score[b] = sqrt(score[b]), noise[b] = sqrt(noise[b]);
 }
 
-// Mean over the samples that stand at a row which couples them.
+// Mean over the samples that stand at a row which couples them; `all`: every one does.
 template <class S>
-S coupled_mean(const StepArgs<S>& args, const std::vector<S>& norms, std::vector<S>& room) {
-  if (args.distinct() == 1) {
+S coupled_mean(const StepArgs<S>& args, bool all, const std::vector<S>& norms,
+               std::vector<S>& room) {
+  if (all) {
     room = norms;
   } else {
     room.clear();
@@ -67,13 +68,13 @@ void langevin_epsilon_cpu(const StepArgs<S>& args, S* epsilon, S* keep_noise) {
   static thread_local Scratch<S> scratch;
   Scratch<S>& m = scratch;  // the workers must not name their own thread's
   find_norms(args, keep_noise, m);
-  const S mean_score = coupled_mean(args, m.score, m.coupled);
-  const S mean_noise = coupled_mean(args, m.noise, m.coupled);
+  const bool all = args.distinct() == 1 && args.norm_of(0) == kBatchMean;
+  const S mean_score = coupled_mean(args, all, m.score, m.coupled);
+  const S mean_noise = coupled_mean(args, all, m.noise, m.coupled);
 
   const RowLayout layout{args.registers};
   const S *const score = m.score.data(), *const noise = m.noise.data();
-  const bool shared = args.distinct() == 1 && args.norm_of(0) == kBatchMean;
-  const int64_t count = shared ? 1 : args.batch;
+  const int64_t count = all ? 1 : args.batch;
   for (int64_t b = 0; b < count; ++b) {
     const int norm = args.norm_of(b);
     if (norm == kNoNorm) {
@@ -88,7 +89,7 @@ void langevin_epsilon_cpu(const StepArgs<S>& args, S* epsilon, S* keep_noise) {
       epsilon[b] = langevin_epsilon(scale, own, score[b]);
     }
   }
-  if (shared) std::fill_n(epsilon + 1, args.batch - 1, epsilon[0]);
+  if (all) std::fill_n(epsilon + 1, args.batch - 1, epsilon[0]);
 }
 
 template void langevin_epsilon_cpu(const StepArgs<float>&, float*, float*);

@@ -90,7 +90,7 @@ constexpr int lane(int counter) {
   return 4 * (counter % (P::kLanes / 4)) + counter / (P::kLanes / 4);
 }
 
-// Of n blocks of Philox calls, the normals of all of them side by side.
+// What is made of n blocks of Philox calls: normals of all of them side by side.
 template <class P, NoiseKind kind, int n>
 SBM_HD void store_noise(const Lanes<P>* words, float* const* out) {
   typename P::F z[n][4];

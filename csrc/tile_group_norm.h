@@ -383,7 +383,7 @@ void normalise_rows(const Piece& p, const S* h, const GroupNormRoom<S>& room, S*
     const S* const from = h + at;
     const auto normalised = [&](int64_t i) {
       const S v = kAdd ? from[i] + add[i] : from[i];
-      return S(fused(v - mean[i], factor[i], offset[i]));
+      return fused(v - mean[i], factor[i], offset[i]);
     };
     activate<kSilu>(normalised, length, out + at);
   });

@@ -1,8 +1,6 @@
 // A tile's noise, and sums of its sources with coefficients.
 // Included by kernels_cpu_impl.h only (see there for the unnamed namespace and fill_groups).
 #pragma once
-#include <string.h>
-
 #include "tile_io.h"
 
 namespace sbm {

@@ -41,8 +41,6 @@ def _held(things: Iterable[Any], attribute: str) -> Iterator[None]:
     try:
         with _lock:
             for thing in things:
-                if not getattr(thing, attribute) and thing not in _in_use:
-                    continue  # as it shall be, and nobody will put it back meanwhile
                 users = _in_use.setdefault(thing, [0, getattr(thing, attribute)])
                 users[0] += 1
                 held.append(thing)

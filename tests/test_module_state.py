@@ -34,13 +34,6 @@ def test_the_last_one_out_puts_it_back() -> None:
     assert state(net) == before
 
 
-def test_what_is_as_it_shall_be_is_left_alone() -> None:
-    net = network().eval()
-    with eval_mode(net):
-        net[1].train()  # by the user's own callback
-    assert net[1].training
-
-
 def test_an_error_puts_it_back() -> None:
     net = network()
     before = state(net)

@@ -80,7 +80,6 @@ def test_new_weights_are_seen_by_the_next_advance() -> None:
 def test_refresh_keeps_the_memory() -> None:
     net = small()
     table = net.prepare(torch.linspace(1, 999, 5))
-    assert table is not None
     x, row = torch.randn(3, 1, 8, 8), torch.tensor([4, 0, 2])
     places = {name: value.data_ptr() for name, value in table._held.items()}
     with torch.no_grad():
