@@ -39,8 +39,7 @@ void error_norm_cpu(const ErrorNormArgs<S>& args, S* out) {
       out[b] = S(0);
       continue;
     }
-    const S* const own = partial + b * tiles;
-    const S sum = tree_sum<S>(tiles, [&](int64_t tile) { return own[tile]; });
+    const S sum = tree_sum(partial + b * tiles, tiles);
     out[b] = S(sqrt(sum / S(args.numel)));
   }
 }

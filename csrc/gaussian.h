@@ -21,7 +21,6 @@ struct ScalarPack {
   SBM_HD I as_int(U w) { return I(w); }
   SBM_HD F fma(F a, F b, F c) { return fmaf(a, b, c); }
   SBM_HD F mul(F a, F b) { return a * b; }
-  SBM_HD F add(F a, F b) { return a + b; }
   SBM_HD F sub(F a, F b) { return a - b; }
   SBM_HD F sqrt(F a) { return sqrtf(a); }
   SBM_HD F from_bits(I i) {
@@ -36,7 +35,6 @@ struct ScalarPack {
   }
   SBM_HD I addi(I a, I b) { return I(uint32_t(a) + uint32_t(b)); }
   SBM_HD I band(I a, I b) { return a & b; }
-  SBM_HD I bxor(I a, I b) { return a ^ b; }
   template <int N>
   SBM_HD I shift_right(I a) {
     return a >> N;
@@ -61,8 +59,7 @@ SBM_HD typename P::F uniform(typename P::U w) {
 // ±1 by the word's top bit.
 template <class P>
 SBM_HD typename P::F rademacher(typename P::U w) {
-  const auto sign = P::band(P::as_int(w), P::seti(INT32_MIN));
-  return P::from_bits(P::bxor(P::bits(P::set(1.0f)), sign));
+  return P::flip(P::set(1.0f), P::as_int(w));
 }
 
 // −2 ln u for u in [2⁻³³, 1]: u = 2ᵉ·(1+f) with 1+f in [√½, √2), and a minimax fit of

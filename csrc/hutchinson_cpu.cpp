@@ -45,8 +45,7 @@ void hutchinson_cpu(const HutchinsonArgs& args, A* divergence) {
     const double scale = args.coefficient(b, 2);
     const double trivial = args.coefficient(b, 0) * double(args.numel);
     for (int64_t i = b; i < sums; i += args.batch) {
-      const A* const own = partial + i * tiles;
-      const A sum = tree_sum<A>(tiles, [&](int64_t tile) { return own[tile]; });
+      const A sum = tree_sum(partial + i * tiles, tiles);
       divergence[i] = A(fused(scale, double(sum), trivial));
     }
   }

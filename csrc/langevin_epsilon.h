@@ -8,6 +8,9 @@ namespace sbm {
 template <class S>
 struct SquareSums {
   S score, noise;
+  SquareSums operator+(const SquareSums& other) const {
+    return {score + other.score, noise + other.noise};
+  }
 };
 
 // Writes ε[b] for the row that sample b stands at (0 where that row has no norm). Of `args` it

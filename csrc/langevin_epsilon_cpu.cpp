@@ -39,9 +39,8 @@ void find_norms(const StepArgs<S>& args, S* keep_noise, Scratch<S>& m) {
   m.noise.resize(size_t(args.batch));
   S *const score = m.score.data(), *const noise = m.noise.data();
   for (int64_t b = 0; b < args.batch; ++b) {
-    const SquareSums<S>* const own = partial + b * tiles;
-    score[b] = tree_sum<S>(tiles, [&](int64_t i) { return own[i].score; });
-    noise[b] = tree_sum<S>(tiles, [&](int64_t i) { return own[i].noise; });
+    const SquareSums<S> sum = tree_sum(partial + b * tiles, tiles);
+    score[b] = sum.score, noise[b] = sum.noise;
   }
   for (int64_t b = 0; b < args.batch; ++b) score[b] = sqrt(score[b]), noise[b] = sqrt(noise[b]);
 }

@@ -22,14 +22,12 @@ struct Avx2Pack {
   SBM_HD I as_int(U w) { return w; }
   SBM_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   SBM_HD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
-  SBM_HD F add(F a, F b) { return _mm256_add_ps(a, b); }
   SBM_HD F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   SBM_HD F sqrt(F a) { return _mm256_sqrt_ps(a); }
   SBM_HD F from_bits(I i) { return _mm256_castsi256_ps(i); }
   SBM_HD I bits(F f) { return _mm256_castps_si256(f); }
   SBM_HD I addi(I a, I b) { return _mm256_add_epi32(a, b); }
   SBM_HD I band(I a, I b) { return _mm256_and_si256(a, b); }
-  SBM_HD I bxor(I a, I b) { return _mm256_xor_si256(a, b); }
   template <int N>
   SBM_HD I shift_right(I a) {
     return _mm256_srai_epi32(a, N);
@@ -43,7 +41,7 @@ struct Avx2Pack {
   SBM_HD F if_odd(I k, F odd, F even) {
     return _mm256_blendv_ps(even, odd, _mm256_castsi256_ps(_mm256_slli_epi32(k, 31)));
   }
-  SBM_HD F flip(F v, I k) { return from_bits(bxor(bits(v), band(k, seti(INT32_MIN)))); }
+  SBM_HD F flip(F v, I k) { return from_bits(_mm256_xor_si256(bits(v), band(k, seti(INT32_MIN)))); }
 
   // 64-bit lanes for Philox: only the low word of a lane counts, the high one may hold rubbish.
   using W = __m256i;

@@ -22,14 +22,12 @@ struct Avx512Pack {
   SBM_HD I as_int(U w) { return w; }
   SBM_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   SBM_HD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
-  SBM_HD F add(F a, F b) { return _mm512_add_ps(a, b); }
   SBM_HD F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   SBM_HD F sqrt(F a) { return _mm512_sqrt_ps(a); }
   SBM_HD F from_bits(I i) { return _mm512_castsi512_ps(i); }
   SBM_HD I bits(F f) { return _mm512_castps_si512(f); }
   SBM_HD I addi(I a, I b) { return _mm512_add_epi32(a, b); }
   SBM_HD I band(I a, I b) { return _mm512_and_si512(a, b); }
-  SBM_HD I bxor(I a, I b) { return _mm512_xor_si512(a, b); }
   template <int N>
   SBM_HD I shift_right(I a) {
     return _mm512_srai_epi32(a, N);

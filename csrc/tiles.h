@@ -44,30 +44,11 @@ struct Tiling {
   }
 };
 
-// Sum of neighbours, then of neighbouring sums, …: a tree that depends on `count` only.
-template <class S, class Get>
-S tree_sum(int64_t count, const Get& get) {
-  if (count == 1) return get(0);
-  S level[64];
-  for (int64_t i = 0; i < count; ++i) {
-    S carry = get(i);
-    int k = 0;
-    for (; i >> k & 1; ++k) carry = level[k] + carry;
-    level[k] = carry;
-  }
-  bool any = false;
-  S total = S(0);
-  for (int k = 0; count >> k; ++k) {
-    if (!(count >> k & 1)) continue;
-    total = any ? level[k] + total : level[k];
-    any = true;
-  }
-  return total;
-}
-
-// The same tree over numbers in memory, a level at a time: quicker for many. They are overwritten.
+// Sum of neighbours, then of neighbouring sums, …: a tree that depends on `count` only. The numbers
+// are overwritten.
 template <class S>
 S tree_sum(S* v, int64_t count) {
+  if (count == 0) return S();
   while (count > 1) {
     const int64_t pairs = count / 2, left = count % 2;
     SBM_IVDEP

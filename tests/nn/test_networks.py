@@ -307,6 +307,7 @@ WRONG: list[tuple[type[Network], dict[str, Any], type[Exception], str]] = [
     (SongUNet, {"encoder": "residual_skip"}, ValueError, "encoder"),
     (SongUNet, {"decoder": "residual"}, ValueError, "decoder"),
     (ADM, {"channels_per_head": 0}, ValueError, "channels_per_head"),
+    (ADM, {"channels": 16}, ValueError, "^channels .* one head of channels_per_head"),
     (ADM, {"channel_mult": (1,)}, ValueError, "^channels .* one head of .* 64 .*, got 32$"),
     (
         *(ADM, {"channels": 160, "channel_mult": (1,), "channels_per_head": 48}, ValueError),
